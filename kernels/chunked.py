@@ -1,0 +1,249 @@
+r"""The recurrence in chunks of matrix products (torch).
+
+With :math:`G` the running sum of the log decay inside a chunk and :math:`S_{in}` the state that
+enters it, any row vector :math:`c_t` reads the past as
+
+.. math:: S_t^\top c_t = e^{G_t} S_{in}^\top c_t + \sum_{j \le t} e^{G_t - G_j} w_j (c_t \cdot k_j) v_j .
+
+The query gives the output; the *key* gives the overlap of a write with the decayed state,
+:math:`\langle D_t, U_t \rangle = w_t\, v_t \cdot (D_t^\top k_t)`, and with it the exact norm of every
+state without any of them in memory:
+
+.. math:: |S_t|^2 = e^{2 g_t} |S_{t-1}|^2 + 2 \langle D_t, U_t \rangle + |U_t|^2 .
+
+The norm restarts from :math:`S_{in}` in every chunk, so its error does not build up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from statescope.recurrence import Recurrence
+
+from . import reference
+from .interface import ScanOutput, Steps
+
+CHUNK = 64
+"""Tokens of one matrix product; the cost inside a chunk grows with it, the boundary states shrink."""
+
+BLOCK = 2048
+"""Tokens worked on at once: bounds the memory whatever the length."""
+
+
+def supports(recurrence: Recurrence) -> str | None:
+    """Return None: per-key decay and the erase term are served too, token by token."""
+    return None
+
+
+def scan(
+    recurrence: Recurrence,
+    *,
+    outputs: bool = True,
+    measure: bool = True,
+    positions: Sequence[int] = (),
+) -> ScanOutput:
+    """Run the recurrence in float32 (float64 for float64 input).
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        What to run.
+    outputs, measure : bool
+        Whether to compute ``y`` and ``steps``.
+    positions : sequence of int
+        Tokens after which the state is kept.
+    """
+    dtype = _working_dtype(recurrence)
+    if recurrence.per_key_decay or recurrence.erases:
+        return reference.scan(recurrence, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
+    start = state = recurrence.start_state(dtype)
+    ys: list[Tensor] = []
+    steps: list[Steps] = []
+    kept: dict[int, Tensor] = {}
+    for first in range(0, recurrence.time, BLOCK):
+        stop = min(first + BLOCK, recurrence.time)
+        chunks = _Chunks.split(recurrence, first, stop, dtype)
+        entering, state = chunks.pass_states(state)
+        y, measured = chunks.read(entering, outputs, measure)
+        if y is not None:
+            ys.append(y)
+        if measured is not None:
+            steps.append(measured)
+        for p in positions:
+            if first <= p < stop:
+                kept[p] = chunks.state_after(entering, p - first)
+    if not torch.isfinite(state).logical_or(~torch.isfinite(start)).all():
+        # A matrix product spreads a NaN to earlier tokens of its chunk (0 * NaN is NaN); stepping does not.
+        return reference.scan(recurrence, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
+    return ScanOutput(
+        y=_with_skip(recurrence, torch.cat(ys, 1)) if outputs else None,
+        steps=Steps.concatenate(steps) if measure else None,
+        states=torch.stack([kept[p] for p in positions], 1) if positions else state[:, None][:, :0],
+        final_state=state,
+    )
+
+
+def probe(
+    recurrence: Recurrence, state: Tensor, log_decay_after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Attribute the state at a probe to the writes of earlier tokens.
+
+    ``contribution`` :math:`= e^{G_p - G_t} |U_t|`, ``share`` :math:`= e^{G_p - G_t} w_t\,
+    k_t^\top S_p v_t / |S_p|^2`; see :func:`statescope.kernels.reference.probe` for shapes.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        Tokens up to the probe, or an earlier stretch.
+    state : Tensor, (batch, heads, key, value)
+        The state at the probe.
+    log_decay_after : Tensor, (batch, heads), optional
+        Sum of the log decay from the end of this stretch to the probe; 0 if it ends there.
+    """
+    dtype = _working_dtype(recurrence)
+    if recurrence.per_key_decay or recurrence.erases:
+        return reference.probe(recurrence, state, log_decay_after, dtype=dtype)
+    r = recurrence.to(dtype)
+    state = state.to(dtype)
+    after = torch.zeros_like(r.v[:, 0, :, 0]) if log_decay_after is None else log_decay_after.to(dtype)
+    # Summed from the end, so that what lies near the probe keeps its precision.
+    decay = r.log_decay.flip(1).cumsum(1).flip(1)
+    survives = (pad(decay[:, 1:], (0, 0, 0, 1)) + after[:, None]).exp()
+    if r.write_scale is not None:
+        survives = survives * r.write_scale
+    energy = state.square().sum((-2, -1))
+    heads_per_group = r.heads // r.groups
+    grouped = state.unflatten(1, (r.groups, heads_per_group)).transpose(2, 3).flatten(3)
+    read = torch.einsum("btgk,bgkx->btgx", r.k, grouped).unflatten(-1, (heads_per_group, r.value))
+    share = survives * (read.flatten(2, 3) * r.v).sum(-1) / energy[:, None]
+    key_norm = r.k.norm(dim=-1).repeat_interleave(heads_per_group, -1)
+    contribution = survives.abs() * key_norm * r.v.norm(dim=-1)
+    start = r.start_state(dtype)
+    before = (decay[:, 0] + after).exp() * (start * state).sum((-2, -1)) / energy
+    return contribution, share, before
+
+
+def _with_skip(recurrence: Recurrence, y: Tensor) -> Tensor:
+    if recurrence.skip is None:
+        return y
+    return y.addcmul_(recurrence.v.to(y.dtype), recurrence.skip.to(y.dtype)[:, None])
+
+
+def _working_dtype(recurrence: Recurrence) -> torch.dtype:
+    return torch.float64 if recurrence.v.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunks:
+    """A stretch of time cut into chunks; the last one padded with tokens that do nothing.
+
+    Letters: b batch, c chunk, i token in the chunk, g group, h head of a group, k key, v value.
+    """
+
+    time: int
+    q: Tensor  # b c g i k
+    k: Tensor  # b c g i k
+    v: Tensor  # b c i g h v
+    w: Tensor  # b c g h i, the write scale
+    log_decay: Tensor  # b c g h i
+    run: Tensor  # b c g h i, the running sum of log_decay inside the chunk
+
+    @classmethod
+    def split(cls, r: Recurrence, first: int, stop: int, dtype: torch.dtype) -> _Chunks:
+        length = stop - first
+        size = min(CHUNK, length)
+        missing = -length % size
+        heads = (r.groups, r.heads // r.groups)
+
+        def cut(x: Tensor) -> Tensor:
+            x = x[:, first:stop].to(dtype)
+            x = pad(x, [0, 0] * (x.ndim - 2) + [0, missing]) if missing else x
+            return x.unflatten(1, (-1, size))
+
+        def per_head(x: Tensor) -> Tensor:
+            return cut(x).unflatten(-1, heads).movedim(2, -1).contiguous()
+
+        log_decay = per_head(r.log_decay)
+        scale = torch.ones_like(r.v[..., 0]) if r.write_scale is None else r.write_scale
+        return cls(
+            time=length,
+            q=cut(r.q).transpose(2, 3).contiguous(),
+            k=cut(r.k).transpose(2, 3).contiguous(),
+            v=cut(r.v).unflatten(3, heads),
+            w=per_head(scale),
+            log_decay=log_decay,
+            run=log_decay.cumsum(-1),
+        )
+
+    def pass_states(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the state entering every chunk, (b c g k h v), and the one leaving the last."""
+        batch, _, groups, heads, _ = self.w.shape
+        remaining = (self.run[..., -1:] - self.run).exp() * self.w
+        written = self.v * remaining.permute(0, 1, 4, 2, 3)[..., None]
+        local = self.k.transpose(-2, -1) @ written.transpose(2, 3).flatten(4)
+        decay = self.run[..., -1].exp()[..., None, :, None]
+        state = state.unflatten(1, (groups, heads)).transpose(2, 3).contiguous()
+        local = local.unflatten(-1, (heads, -1))
+        entering = torch.empty_like(local)
+        for c in range(local.shape[1]):
+            entering[:, c] = state
+            state = torch.addcmul(local[:, c], state, decay[:, c])
+        return entering, state.transpose(2, 3).flatten(1, 2).contiguous()
+
+    def read(self, entering: Tensor, outputs: bool, measure: bool) -> tuple[Tensor | None, Steps | None]:
+        """Read the past with the query (``y``) and with the key (the measurements)."""
+        difference = self.run[..., :, None] - self.run[..., None, :]
+        future = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
+        weights = difference.masked_fill_(future, -torch.inf).exp_()  # b c g h i j
+        values = (self.v * self.w.permute(0, 1, 4, 2, 3)[..., None]).permute(0, 1, 3, 4, 2, 5).contiguous()
+        y = self._tokens(self._past(self.q, weights, values, entering)) if outputs else None
+        if not measure:
+            return y, None
+        strict = weights.tril(-1)
+        read = self._past(self.k, strict, values, entering)
+        return y, self._measure(read, weights, values, entering)
+
+    def _past(self, rows: Tensor, weights: Tensor, values: Tensor, entering: Tensor) -> Tensor:
+        """What each row vector reads from the entering state and from this chunk, (b c g h i v)."""
+        inside = ((rows @ self.k.transpose(-2, -1))[:, :, :, None] * weights) @ values
+        across = (rows @ entering.flatten(4)).unflatten(-1, entering.shape[4:]).transpose(3, 4)
+        return torch.addcmul(inside, across, self.run.exp()[..., None])
+
+    def _measure(self, read: Tensor, weights: Tensor, values: Tensor, entering: Tensor) -> Steps:
+        """Turn what the keys read into the norm of every state."""
+        cross = (read * values).sum(-1)
+        energy_written = self.k.square().sum(-1)[:, :, :, None] * values.square().sum(-1)
+        decay = self.run.exp()
+        energy_in = entering.square().sum((3, 5))[..., None]
+        energy = decay.square() * energy_in + _accumulate(weights.square(), 2 * cross + energy_written)
+        mean_written = self.k.mean(-1)[:, :, :, None] * values.mean(-1)
+        mean = decay * entering.mean((3, 5))[..., None] + _accumulate(weights, mean_written)
+        norm, write = energy.clamp(min=0).sqrt(), energy_written.sqrt()
+        before = torch.cat([energy_in.sqrt(), norm[..., :-1]], -1) * self.log_decay.exp()
+        scale = before * write
+        overlap = torch.where(scale == 0, torch.zeros_like(scale), cross / scale).clamp(-1, 1)
+        fields = (self.log_decay, write, norm, mean, overlap)
+        return Steps(*(self._tokens(x[..., None])[..., 0] for x in fields))
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Bring (b c g h i x) back to (batch, time, heads, x) and drop the padding."""
+        return x.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, : self.time]
+
+    def state_after(self, entering: Tensor, token: int) -> Tensor:
+        """The state after one token, (batch, heads, key, value)."""
+        c, i = divmod(token, self.k.shape[3])
+        run = self.run[:, c]
+        remaining = (run[..., i : i + 1] - run[..., : i + 1]).exp() * self.w[:, c, ..., : i + 1]
+        written = torch.einsum("bgik,bghi,bighv->bghkv", self.k[:, c, :, : i + 1], remaining, self.v[:, c, : i + 1])
+        kept = run[..., i].exp()[..., None, None] * entering[:, c].transpose(2, 3)
+        return (kept + written).flatten(1, 2)
+
+
+def _accumulate(weights: Tensor, amounts: Tensor) -> Tensor:
+    """Sum amounts over the past, each with its decay."""
+    return (weights @ amounts[..., None])[..., 0]

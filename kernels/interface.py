@@ -1,0 +1,82 @@
+"""What every kernel takes and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from statescope.recurrence import Recurrence
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    r"""One number per token and head, each of shape (batch, time, heads).
+
+    With :math:`D_t = \operatorname{diag}(e^{g_t}) S_{t-1}` the decayed state and
+    :math:`U_t = S_t - D_t` what the token adds to it (the erase term included):
+
+    ========================= ============================================== ============
+    ``log_decay``             :math:`g_t`, mean over keys                    nat
+    ``write_norm``            :math:`|U_t|_F`                                state units
+    ``state_norm``            :math:`|S_t|_F`                                state units
+    ``state_mean``            mean of the entries of :math:`S_t`             state units
+    ``write_overlap``         :math:`\langle D_t, U_t\rangle/(|D_t||U_t|)`,  cosine
+                              0 where either is zero
+    ========================= ============================================== ============
+    """
+
+    log_decay: Tensor
+    write_norm: Tensor
+    state_norm: Tensor
+    state_mean: Tensor
+    write_overlap: Tensor
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Steps]) -> Steps:
+        """Join consecutive stretches of time."""
+        return cls(*(torch.cat([getattr(p, f.name) for p in parts], 1) for f in fields(cls)))
+
+
+@dataclass(frozen=True, eq=False)
+class ScanOutput:
+    """What a scan yields.
+
+    Attributes
+    ----------
+    y : Tensor or None, (batch, time, heads, value)
+        The outputs; None where they were not asked for.
+    steps : Steps or None
+        The measurements of every token; None where they were not asked for.
+    states : Tensor, (batch, position, heads, key, value)
+        The state after each requested position, in the order they were given.
+    final_state : Tensor, (batch, heads, key, value)
+        The state after the last token.
+    """
+
+    y: Tensor | None
+    steps: Steps | None
+    states: Tensor
+    final_state: Tensor
+
+
+class Kernel(Protocol):
+    """A module that serves a scan."""
+
+    def supports(self, recurrence: Recurrence) -> str | None:
+        """Return None if the kernel serves this recurrence, else the reason why not."""
+        ...
+
+    def scan(
+        self,
+        recurrence: Recurrence,
+        *,
+        outputs: bool = True,
+        measure: bool = True,
+        positions: Sequence[int] = (),
+    ) -> ScanOutput:
+        """Run the recurrence."""
+        ...

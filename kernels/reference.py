@@ -1,0 +1,158 @@
+"""The recurrence token by token: the truth the other kernels are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from statescope.recurrence import Recurrence
+
+from .interface import ScanOutput, Steps
+
+
+def supports(recurrence: Recurrence) -> str | None:
+    """Return None: every structure is served."""
+    return None
+
+
+def scan(
+    recurrence: Recurrence,
+    *,
+    outputs: bool = True,
+    measure: bool = True,
+    positions: Sequence[int] = (),
+    dtype: torch.dtype = torch.float64,
+) -> ScanOutput:
+    """Step through the recurrence, one state at a time.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        What to run.
+    outputs, measure : bool
+        Whether to compute ``y`` and ``steps``.
+    positions : sequence of int
+        Tokens after which the state is kept.
+    dtype : torch.dtype
+        Arithmetic and results.
+    """
+    r = recurrence.to(dtype)
+    state = r.start_state(dtype)
+    ys: list[Tensor] = []
+    rows: list[tuple[Tensor, ...]] = []
+    kept: dict[int, Tensor] = {}
+    wanted = set(positions)
+    for t in range(r.time):
+        decayed, update = _step(r, t, state)
+        state = decayed + update
+        if outputs:
+            y = torch.einsum("bhkv,bhk->bhv", state, _heads(r, r.q[:, t]))
+            ys.append(y if r.skip is None else y + r.skip[:, None] * r.v[:, t])
+        if measure:
+            rows.append(_measure(r.log_decay[:, t], decayed, update, state))
+        if t in wanted:
+            kept[t] = state.clone()
+    return ScanOutput(
+        y=_stack(ys, r.v) if outputs else None,
+        steps=Steps(*(_stack(list(c), r.v[..., 0]) for c in zip(*rows, strict=True))) if measure else None,
+        states=torch.stack([kept[p] for p in positions], 1) if positions else state[:, None][:, :0],
+        final_state=state,
+    )
+
+
+def _step(r: Recurrence, t: int, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the decayed state and what token ``t`` adds to it."""
+    decay = r.log_decay[:, t].exp()
+    decayed = (decay if r.per_key_decay else decay[..., None])[..., None] * state
+    update = torch.einsum("bhk,bhv->bhkv", _heads(r, r.k[:, t]), r.v[:, t])
+    if r.write_scale is not None:
+        update = r.write_scale[:, t, :, None, None] * update
+    if r.a is not None and r.b is not None:
+        read = torch.einsum("bhk,bhkv->bhv", r.b[:, t], state)
+        update = update + torch.einsum("bhk,bhv->bhkv", r.a[:, t], read)
+    return decayed, update
+
+
+def _measure(log_decay: Tensor, decayed: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    old, write, overlap = _norm(decayed), _norm(update), (decayed * update).sum((-2, -1))
+    scale = old * write
+    return (
+        log_decay.mean(-1) if log_decay.ndim == 3 else log_decay,
+        write,
+        _norm(state),
+        state.mean((-2, -1)),
+        torch.where(scale == 0, torch.zeros_like(scale), overlap / scale),
+    )
+
+
+def probe(
+    recurrence: Recurrence,
+    state: Tensor,
+    log_decay_after: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Attribute the final state to the writes that made it, by stepping backwards.
+
+    With :math:`T_i` the linear map of token ``i`` and :math:`M_t = T_{last} \cdots T_{t+1}`, the
+    write :math:`w_t k_t v_t^\top` survives as :math:`M_t w_t k_t v_t^\top`.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        Tokens up to the probe, or an earlier stretch.
+    state : Tensor, (batch, heads, key, value)
+        The state at the probe.
+    log_decay_after : Tensor, (batch, heads) or (batch, heads, key), optional
+        Sum of the log decay from the end of this stretch to the probe; 0 if it ends there.
+    dtype : torch.dtype
+        Arithmetic and results.
+
+    Returns
+    -------
+    contribution : Tensor, (batch, time, heads)
+        :math:`|M_t w_t k_t v_t^\top|_F`, state units.
+    share : Tensor, (batch, time, heads)
+        :math:`\langle S, M_t w_t k_t v_t^\top\rangle / |S|^2`, signed.
+    share_before : Tensor, (batch, heads)
+        The share of the initial state, so that all shares sum to 1.
+    """
+    r, state = recurrence.to(dtype), state.to(dtype)
+    survives = torch.eye(r.key, dtype=dtype, device=state.device).expand(r.batch, r.heads, -1, -1)
+    if log_decay_after is not None:
+        after = log_decay_after.to(dtype).exp()
+        survives = survives * (after if after.ndim == 3 else after[..., None])[..., None]
+    energy = _norm(state) ** 2
+    contribution, share = torch.empty_like(r.v[..., 0]), torch.empty_like(r.v[..., 0])
+    for t in reversed(range(r.time)):
+        key = torch.einsum("bhij,bhj->bhi", survives, _heads(r, r.k[:, t]))
+        if r.write_scale is not None:
+            key = key * r.write_scale[:, t, :, None]
+        contribution[:, t] = key.norm(dim=-1) * r.v[:, t].norm(dim=-1)
+        share[:, t] = torch.einsum("bhk,bhkv,bhv->bh", key, state, r.v[:, t]) / energy
+        survives = _transition(r, t, survives)
+    before = torch.einsum("bhij,bhjv->bhiv", survives, r.start_state(dtype))
+    return contribution, share, (before * state).sum((-2, -1)) / energy
+
+
+def _transition(r: Recurrence, t: int, survives: Tensor) -> Tensor:
+    """Multiply by the map of token ``t`` from the right."""
+    decay = r.log_decay[:, t].exp()
+    result = survives * (decay[..., None, :] if r.per_key_decay else decay[..., None, None])
+    if r.a is not None and r.b is not None:
+        result = result + torch.einsum("bhij,bhj,bhk->bhik", survives, r.a[:, t], r.b[:, t])
+    return result
+
+
+def _heads(r: Recurrence, shared: Tensor) -> Tensor:
+    return shared.repeat_interleave(r.heads // r.groups, dim=1)
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(matrix)
+
+
+def _stack(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(parts, 1) if parts else torch.empty_like(like)

@@ -1,0 +1,1 @@
+"""Look inside the recurrent state of a language model while it reads."""

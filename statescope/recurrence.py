@@ -1,0 +1,163 @@
+"""The one equation every supported architecture is a case of."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    r"""A linear recurrence over a matrix state, one per head.
+
+    .. math::
+
+        S_t &= \operatorname{diag}(e^{g_t})\, S_{t-1} + a_t (b_t^\top S_{t-1}) + w_t\, k_t v_t^\top \\
+        y_t &= S_t^\top q_t + d\, v_t
+
+    with a state :math:`S` of shape ``(key, value)``. Heads that share a query and key (a *group*)
+    are contiguous: head ``h`` of ``heads`` reads group ``h // (heads // groups)``.
+
+    Parameters
+    ----------
+    q, k : Tensor, (batch, time, groups, key)
+        Query (``C`` in Mamba-2) and key (``B``).
+    v : Tensor, (batch, time, heads, value)
+        Value (``x`` in Mamba-2).
+    log_decay : Tensor, (batch, time, heads) or (batch, time, heads, key)
+        :math:`g_t` in nat, one number per head or one per key (``dt * A`` in Mamba-2).
+    write_scale : Tensor, (batch, time, heads), optional
+        :math:`w_t`, the strength of each write (``dt`` in Mamba-2); 1 where it is absent.
+    a, b : Tensor, (batch, time, heads, key), optional
+        The erase term of delta-rule families; both or neither.
+    initial_state : Tensor, (batch, heads, key, value), optional
+        :math:`S_{-1}`; zero where it is absent.
+    skip : Tensor, (heads,), optional
+        :math:`d`, what bypasses the state on its way to the output (``D`` in Mamba-2).
+
+    Raises
+    ------
+    ValueError
+        If a tensor's shape, device or kind does not fit; the message names the field.
+
+    Notes
+    -----
+    Source: *Stuffed Mamba* (arXiv 2410.07145), section 2, for Mamba-2; *Parallelizing Linear
+    Transformers with the Delta Rule* (arXiv 2406.06484), eq. 1, for the erase term.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    write_scale: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    initial_state: Tensor | None = None
+    skip: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.v.ndim != 4:
+            raise ValueError(f"v has shape {tuple(self.v.shape)}; expected (batch, time, heads, value)")
+        if self.k.ndim != 4:
+            raise ValueError(f"k has shape {tuple(self.k.shape)}; expected (batch, time, groups, key)")
+        if self.groups == 0 or self.heads % self.groups:
+            raise ValueError(f"k has {self.groups} groups; {self.heads} heads are not a multiple of that")
+        if (self.a is None) != (self.b is None):
+            raise ValueError("the erase term needs both a and b; one of them is missing")
+        if (
+            self.log_decay.ndim not in (3, 4)
+            or self.log_decay.shape != self._expected["log_decay"][: self.log_decay.ndim]
+        ):
+            raise ValueError(
+                f"log_decay has shape {tuple(self.log_decay.shape)}; expected (batch, time, heads) or"
+                f" (batch, time, heads, key), here {self._expected['log_decay']}"
+            )
+        for name, tensor in self.tensors().items():
+            if name != "log_decay" and tuple(tensor.shape) != self._expected[name]:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; expected {self._expected[name]} to fit k and v"
+                )
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating dtype")
+            if tensor.device != self.v.device:
+                raise ValueError(f"{name} is on {tensor.device}, v is on {self.v.device}; move them together")
+
+    @property
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        shared = (self.batch, self.time, self.groups, self.key)
+        per_head = (self.batch, self.time, self.heads)
+        return {
+            "q": shared,
+            "k": shared,
+            "v": (*per_head, self.value),
+            "log_decay": (*per_head, self.key),
+            "write_scale": per_head,
+            "a": (*per_head, self.key),
+            "b": (*per_head, self.key),
+            "initial_state": (self.batch, self.heads, self.key, self.value),
+            "skip": (self.heads,),
+        }
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.v.shape[0]
+
+    @property
+    def time(self) -> int:
+        """Number of tokens."""
+        return self.v.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Number of heads, each with a state of its own."""
+        return self.v.shape[2]
+
+    @property
+    def groups(self) -> int:
+        """Number of distinct queries and keys; heads share them evenly."""
+        return self.k.shape[2]
+
+    @property
+    def key(self) -> int:
+        """Rows of a head's state (``d_state`` in Mamba-2)."""
+        return self.k.shape[3]
+
+    @property
+    def value(self) -> int:
+        """Columns of a head's state (``head_dim`` in Mamba-2)."""
+        return self.v.shape[3]
+
+    @property
+    def per_key_decay(self) -> bool:
+        """Whether every key row decays at its own rate."""
+        return self.log_decay.ndim == 4
+
+    @property
+    def erases(self) -> bool:
+        """Whether the erase term is present."""
+        return self.a is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that is present, by field name."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+    def to(self, dtype: torch.dtype) -> Recurrence:
+        """Convert every tensor to one floating dtype."""
+        return Recurrence(**{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
+
+    def replace(self, **fields: Tensor | None) -> Recurrence:
+        """Return a validated copy with some fields replaced, as an ``edit`` does."""
+        return dataclasses.replace(self, **fields)
+
+    def start_state(self, dtype: torch.dtype) -> Tensor:
+        """The state before the first token, (batch, heads, key, value), never an alias of the input."""
+        if self.initial_state is not None:
+            return self.initial_state.to(dtype, copy=True)
+        shape = (self.batch, self.heads, self.key, self.value)
+        return torch.zeros(shape, dtype=dtype, device=self.v.device)
