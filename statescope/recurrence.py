@@ -155,6 +155,12 @@ class Recurrence:
         """Return a validated copy with some fields replaced, as an ``edit`` does."""
         return dataclasses.replace(self, **fields)
 
+    def between(self, start: int, stop: int, initial_state: Tensor | None) -> Recurrence:
+        """Return the stretch of tokens ``start`` to ``stop - 1``, entered with ``initial_state``."""
+        whole = ("initial_state", "skip")
+        cut = {name: x[:, start:stop] for name, x in self.tensors().items() if name not in whole}
+        return self.replace(**cut, initial_state=initial_state)
+
     def start_state(self, dtype: torch.dtype) -> Tensor:
         """The state before the first token, (batch, heads, key, value), never an alias of the input."""
         if self.initial_state is not None:

@@ -1,0 +1,13 @@
+"""One adapter per scan signature: a model's own scan call becomes a Recurrence, and back.
+
+An adapter knows the *name* of a function that modeling code calls and nothing about models; so an
+architecture is supported as soon as its modeling module calls a function of a known signature.
+"""
+
+from statescope.adapters.interface import Adapter, Call
+from statescope.adapters.mamba2 import CHUNK_SCAN, STATE_UPDATE
+
+ADAPTERS: dict[str, Adapter] = {adapter.function: adapter for adapter in (CHUNK_SCAN, STATE_UPDATE)}
+"""Adapters by the name of the function they read."""
+
+__all__ = ["ADAPTERS", "Adapter", "Call"]

@@ -1,0 +1,51 @@
+"""What an adapter is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from statescope.kernels.interface import ScanOutput
+from statescope.recurrence import Recurrence
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One intercepted scan call.
+
+    Attributes
+    ----------
+    recurrence : Recurrence
+        What the call asks for.
+    answer : callable
+        Turns the output of our scan into what the model's function would have returned, side effects
+        (a state updated in place) included.
+    """
+
+    recurrence: Recurrence
+    answer: Callable[[ScanOutput], Any]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How to read one scan signature.
+
+    Attributes
+    ----------
+    function : str
+        The name under which modeling modules call it.
+    signature : str
+        The family's name, as users know it.
+    models : tuple of str
+        The transformers model types whose modeling modules call it.
+    read : callable
+        ``read(mirror_dtype, *args, **kwargs) -> Call``. ``mirror_dtype`` tells that the model's own
+        scan does its elementwise arithmetic in the model's dtype (transformers' torch path) rather
+        than in float32 (fused kernels).
+    """
+
+    function: str
+    signature: str
+    models: tuple[str, ...]
+    read: Callable[..., Call]

@@ -1,0 +1,149 @@
+"""Find the recurrent layers of a live model and intercept their scan calls.
+
+transformers routes every scan of a family through one module-level function. While a capture is active
+that name is bound to a wrapper which asks, per call, whose scan this is: a hook on each mixer says so.
+Calls from anything but the captured model go straight through, and the name is restored at the end,
+also after an exception.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from types import CodeType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from statescope.adapters import ADAPTERS, Adapter, Call
+
+Handler = Callable[[int, Call, Callable[[], Any]], Any]
+"""``handler(layer, call, run_own)`` returns what the model goes on with; ``run_own()`` is its own scan."""
+
+_current: ContextVar[tuple[Handler, int] | None] = ContextVar("statescope_current_layer", default=None)
+_lock = threading.Lock()
+_installed: dict[tuple[str, str], int] = {}
+
+
+def mixers(model: nn.Module) -> dict[int, nn.Module]:
+    """Find the recurrent mixers of a model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A live model.
+
+    Returns
+    -------
+    dict of int to nn.Module
+        Mixers by depth in the model, in order; attention layers leave gaps.
+
+    Raises
+    ------
+    ValueError
+        If there is none; lists the supported families.
+    """
+    found = {int(m.layer_idx): m for m in model.modules() if _scan_functions(m) and hasattr(m, "layer_idx")}
+    if not found:
+        kinds = sorted({f"{a.signature}: {', '.join(a.models)}" for a in ADAPTERS.values()})
+        raise ValueError(
+            f"model is a {type(model).__name__}, in which no recurrent state was found;"
+            f" supported are the transformers model types of {'; '.join(kinds)}"
+        )
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
+    """Send every scan call of a model through a handler.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The live model; only its own calls are intercepted.
+    handler : callable
+        ``handler(layer, call, run_own)``; see :data:`Handler`.
+    """
+    with ExitStack() as stack:
+        for layer, mixer in mixers(model).items():
+            stack.enter_context(_announced(mixer, layer, handler))
+            for name in _scan_functions(mixer):
+                stack.enter_context(_patched(_module_of(mixer), name))
+        yield
+
+
+@contextmanager
+def _announced(mixer: nn.Module, layer: int, handler: Handler) -> Iterator[None]:
+    """While the mixer runs, its calls belong to this handler and layer."""
+    tokens: list[Any] = []
+    enter = mixer.register_forward_pre_hook(lambda *_: tokens.append(_current.set((handler, layer))))
+    leave = mixer.register_forward_hook(lambda *_: _current.reset(tokens.pop()), always_call=True)
+    try:
+        yield
+    finally:
+        enter.remove()
+        leave.remove()
+
+
+@contextmanager
+def _patched(module: ModuleType, name: str) -> Iterator[None]:
+    key = (module.__name__, name)
+    with _lock:
+        _installed[key] = _installed.get(key, 0) + 1
+        if _installed[key] == 1:
+            setattr(module, name, _wrapper(getattr(module, name), ADAPTERS[name]))
+    try:
+        yield
+    finally:
+        with _lock:
+            _installed[key] -= 1
+            if _installed[key] == 0:
+                del _installed[key]
+                setattr(module, name, getattr(module, name).__statescope_original__)
+
+
+def _wrapper(own: Callable[..., Any], adapter: Adapter) -> Callable[..., Any]:
+    mirror_dtype = not _is_fused(own)
+
+    @wraps(own)
+    def intercepted(*args: Any, **kwargs: Any) -> Any:
+        current = _current.get()
+        if current is None:
+            return own(*args, **kwargs)
+        handler, layer = current
+        call = adapter.read(mirror_dtype, *args, **kwargs)
+        return handler(layer, call, lambda: own(*args, **kwargs))
+
+    intercepted.__statescope_original__ = own  # type: ignore[attr-defined]
+    return intercepted
+
+
+def _is_fused(function: Callable[..., Any]) -> bool:
+    """Whether transformers bound this name to mamba_ssm's kernel instead of its own torch code."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    names = code.co_freevars if isinstance(code, CodeType) else ()
+    bound = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+    return bool(bound.get("is_new_implementation", False))
+
+
+def _module_of(module: nn.Module) -> ModuleType:
+    return sys.modules[type(module).__module__]
+
+
+def _scan_functions(module: nn.Module) -> list[str]:
+    """Known scan functions that this module's own class calls."""
+    methods = vars(type(module)).values()
+    called = {name for m in methods for name in _names_used(m)}
+    return [name for name in ADAPTERS if name in called and hasattr(_module_of(module), name)]
+
+
+def _names_used(method: Any) -> tuple[str, ...]:
+    function = getattr(method, "__func__", method)
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    code = getattr(function, "__code__", None)
+    return code.co_names if isinstance(code, CodeType) else ()

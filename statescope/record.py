@@ -1,0 +1,91 @@
+"""Open a record: validate it, trim it to what is committed, hand it out lazily."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+import zarr
+
+from statescope.schema import GROUPS, ROOT_ATTRIBUTES, SCHEMA_VERSION, group_variables
+
+REQUIRED = ("tokens", "steps")
+
+
+def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
+    """Open a record lazily, trimmed to what was safely written.
+
+    Parameters
+    ----------
+    store : str, Path or zarr store
+        What ``trace`` wrote.
+    chunks : optional
+        As for :func:`xarray.open_zarr`: None for numpy arrays read on access, ``{}`` for dask arrays.
+
+    Returns
+    -------
+    xarray.DataTree
+        Groups ``/tokens``, ``/steps`` and, where they were asked for, ``/snapshots`` and ``/probes``. An
+        interrupted record has fewer tokens than its root attribute ``tokens`` says.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is there.
+    ValueError
+        If it is no record, a newer one, or a damaged one; says what is missing.
+    """
+    attributes = _validated(store)
+    committed, watch = int(attributes["committed"]), json.loads(attributes["watch"])
+    names = [g for g in GROUPS if g in REQUIRED or watch[g]]
+    tree = {"/": xr.Dataset(attrs=attributes)}
+    for name in names:
+        try:
+            dataset = xr.open_zarr(store, group=name, consolidated=False, chunks=chunks)
+        except (FileNotFoundError, KeyError) as error:
+            raise ValueError(f"store={str(store)!r} lacks its group {name!r}; it is damaged") from error
+        _check_group(dataset, name, watch["window"], store)
+        tree[f"/{name}"] = _trim(dataset, committed)
+    return xr.DataTree.from_dict(tree)
+
+
+def _validated(store: Any) -> dict[str, Any]:
+    if isinstance(store, str | Path) and not Path(store).exists() and "://" not in str(store):
+        raise FileNotFoundError(f"store={str(store)!r} does not exist")
+    try:
+        attributes = dict(zarr.open_group(store, mode="r", zarr_format=3).attrs)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise ValueError(f"store={str(store)!r} is no Zarr group, so no record") from error
+    version = attributes.get("schema_version")
+    if version is None:
+        raise ValueError(f"store={str(store)!r} is a Zarr group but no record: schema_version is missing")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ValueError(
+            f"store={str(store)!r} has schema_version {version}; this statescope reads up to {SCHEMA_VERSION}:"
+            " upgrade it"
+        )
+    missing = [name for name in ROOT_ATTRIBUTES if name not in attributes]
+    if missing:
+        raise ValueError(f"store={str(store)!r} lacks the root attributes {', '.join(missing)}; it is damaged")
+    return attributes
+
+
+def _check_group(dataset: xr.Dataset, group: str, window: int, store: Any) -> None:
+    for name, variable in group_variables(group, window).items():
+        if name not in dataset:
+            raise ValueError(f"store={str(store)!r} lacks {group}/{name}; it is damaged")
+        if dataset[name].dims != variable.dims:
+            raise ValueError(
+                f"store={str(store)!r} has {group}/{name} with dimensions {dataset[name].dims};"
+                f" expected {variable.dims}"
+            )
+
+
+def _trim(dataset: xr.Dataset, committed: int) -> xr.Dataset:
+    """Drop everything about tokens that were not safely written."""
+    for dim in ("token", "position", "probe"):
+        if dim in dataset.dims:
+            dataset = dataset.isel({dim: slice(0, int((dataset[dim].values < committed).sum()))})
+    return dataset

@@ -1,0 +1,81 @@
+"""The only door to the kernels: choose one, say which, run it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor
+
+from statescope.kernels.interface import Kernel, ScanOutput, Steps
+from statescope.recurrence import Recurrence
+
+__all__ = ["BACKENDS", "Kernel", "ScanOutput", "Steps", "choose", "probe", "scan"]
+
+BACKENDS = ("chunked", "reference")
+"""Kernels by name, the preferred first."""
+
+
+def choose(recurrence: Recurrence, backend: str = "auto") -> str:
+    """Name the kernel that will serve a recurrence.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        What is to be run.
+    backend : str
+        ``"auto"`` for the first of :data:`BACKENDS` that serves it, or one of them by name.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown or the named kernel does not serve this recurrence; says why.
+    """
+    if backend == "auto":
+        reasons = {name: _kernel(name).supports(recurrence) for name in BACKENDS}
+        return next(name for name, reason in reasons.items() if reason is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of: auto, {', '.join(BACKENDS)}")
+    reason = _kernel(backend).supports(recurrence)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot serve this recurrence: {reason}; use backend='auto'")
+    return backend
+
+
+def scan(
+    recurrence: Recurrence,
+    *,
+    backend: str = "auto",
+    outputs: bool = True,
+    measure: bool = True,
+    positions: Sequence[int] = (),
+) -> ScanOutput:
+    """Run a recurrence on the chosen kernel.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        What to run.
+    backend : str
+        See :func:`choose`.
+    outputs, measure : bool
+        Whether to compute ``y`` and ``steps``.
+    positions : sequence of int
+        Tokens, counted in this recurrence, after which the state is kept.
+    """
+    kernel = _kernel(choose(recurrence, backend))
+    return kernel.scan(recurrence, outputs=outputs, measure=measure, positions=positions)
+
+
+def probe(
+    recurrence: Recurrence, state: Tensor, log_decay_after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attribute the state at a probe to earlier writes; see :func:`statescope.kernels.chunked.probe`."""
+    from statescope.kernels import chunked
+
+    return chunked.probe(recurrence, state, log_decay_after)
+
+
+def _kernel(name: str) -> Kernel:
+    return cast(Kernel, importlib.import_module(f"statescope.kernels.{name}"))

@@ -1,0 +1,333 @@
+"""The record on disk: laid out whole at the start, filled in shard by shard, committed marker last.
+
+A record is a Zarr group (format 3). Every write is a whole shard, except at the end of the text, so a
+shard is written once; then what a resumed run needs to go on (the *carry*); then the root attribute
+``committed``. A process killed at any instant leaves a record that opens and whose committed prefix is
+exact. Shards hold all sequences and layers over a stretch of tokens, so that their number grows with
+the length of the text only.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+from zarr.storage import LocalStore, MemoryStore
+
+from statescope.schema import COORDINATES, SCHEMA_VERSION, Variable, group_variables
+
+StoreLike = str | Path | MemoryStore | LocalStore
+
+SHARD_BYTES = 64 * 2**20
+"""Upper bound of one variable's shard, uncompressed; with :data:`SHARD_TOKENS` it sets how often a trace commits."""
+
+SHARD_TOKENS = 16384
+"""Upper bound of the tokens between two commits."""
+
+CHUNK_BYTES = 2**20
+"""Aimed size of what a reader must decompress at once."""
+
+CARRY = "carry"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a record."""
+
+    sequences: int
+    tokens: int
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    key: int
+    value: int
+    window: int
+    snapshots: tuple[int, ...]
+    probes: tuple[int, ...]
+    shard: int  # tokens between two commits, a multiple of the window
+
+    @property
+    def entries(self) -> int:
+        """Entries of ``/steps``: one for every window."""
+        return -(-self.tokens // self.window)
+
+    def coordinate(self, group: str, dim: str) -> NDArray[np.int64]:
+        """Values of a dimension's coordinate."""
+        ends = np.arange(self.window - 1, self.entries * self.window, self.window)
+        values: Mapping[str, Any] = {
+            "sequence": range(self.sequences),
+            "layer": self.layers,
+            "token": np.minimum(ends, self.tokens - 1) if group == "steps" else range(self.tokens),
+            "head": self.heads,
+            "probe": self.probes,
+            "position": self.snapshots,
+            "key": range(self.key),
+            "value": range(self.value),
+        }
+        return np.asarray(values[dim], dtype=np.int64)
+
+    def groups(self) -> list[str]:
+        """Groups this record has."""
+        optional = {"snapshots": self.snapshots, "probes": self.probes}
+        return ["tokens", "steps", *(name for name, wanted in optional.items() if wanted)]
+
+    def shards(self, group: str, variable: Variable) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Chunk and shard shapes of a variable."""
+        size = {d: max(1, len(self.coordinate(group, d))) for d in variable.dims}
+        chunk, shard = dict(size), dict(size)
+        if "token" in size:
+            width = self.shard // self.window if group == "steps" else self.shard
+            shard["token"] = width
+            row = 4 * size.get("head", 1)
+            chunk["token"] = _divisor(width, max(1, CHUNK_BYTES // row))
+        if "position" in size:
+            state = 4 * int(np.prod([n for d, n in size.items() if d != "position"]))
+            shard["position"] = max(1, min(size["position"], SHARD_BYTES // state))
+            chunk["position"] = 1
+        if "probe" in size:
+            chunk["probe"] = shard["probe"] = 1
+        chunk |= {d: 1 for d in ("sequence", "layer") if d in size and len(size) > 2}
+        return tuple(chunk[d] for d in variable.dims), tuple(shard[d] for d in variable.dims)
+
+
+def shard_tokens(bytes_per_token: int, segment: int, limit: int = SHARD_TOKENS) -> int:
+    """Tokens between two commits: whole segments, within the bounds on a shard.
+
+    Parameters
+    ----------
+    bytes_per_token : int
+        Of one variable of ``/steps``, all sequences, layers and heads.
+    segment : int
+        Tokens of one forward pass.
+    limit : int
+        Upper bound in tokens.
+    """
+    return segment * max(1, min(limit, SHARD_BYTES // bytes_per_token) // segment)
+
+
+def _divisor(number: int, at_most: int) -> int:
+    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
+
+
+class RecordWriter:
+    """Fills a record in; see the module's docstring for the order of writes."""
+
+    def __init__(self, store: StoreLike, root: zarr.Group, layout: Layout) -> None:
+        self._store, self._root, self.layout = store, root, layout
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @classmethod
+    def create(
+        cls, store: StoreLike, layout: Layout, attributes: Mapping[str, Any], token_id: NDArray[np.int64]
+    ) -> RecordWriter:
+        """Lay a record out; on a file system it appears whole or not at all.
+
+        Whatever record was at that place is replaced (:func:`claim` has decided that it may be).
+
+        Raises
+        ------
+        OSError
+            If the place cannot be written; names ``store``.
+        """
+        if not isinstance(store, str | Path):
+            return cls(store, cls._lay_out(store, layout, attributes, token_id, overwrite=True), layout)
+        place = Path(store)
+        draft = place.with_name(f".{place.name}.draft")
+        with _named_errors(store):
+            shutil.rmtree(draft, ignore_errors=True)
+            try:
+                cls._lay_out(draft, layout, attributes, token_id)
+                if place.exists():
+                    shutil.rmtree(place)
+                draft.rename(place)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        return cls(store, zarr.open_group(store, mode="r+"), layout)
+
+    @staticmethod
+    def _lay_out(
+        store: StoreLike,
+        layout: Layout,
+        attributes: Mapping[str, Any],
+        token_id: NDArray[np.int64],
+        overwrite: bool = False,
+    ) -> zarr.Group:
+        start = {**attributes, "committed": 0, "complete": False}
+        root = zarr.create_group(store, zarr_format=3, overwrite=overwrite, attributes=start)
+        for group in layout.groups():
+            _lay_out_group(root, group, layout)
+        ids = root["tokens/token_id"]
+        assert isinstance(ids, zarr.Array)
+        ids[:] = token_id
+        root.create_group(CARRY)
+        return root
+
+    def write(self, name: str, values: NDArray[Any], **at: slice | int) -> None:
+        """Write a block of one variable.
+
+        Parameters
+        ----------
+        name : str
+            ``group/variable``.
+        values : array
+            The block.
+        **at : slice or int
+            Where it goes, by dimension; dimensions not named are written whole.
+        """
+        group, variable = name.split("/")
+        dims = group_variables(group, self.layout.window)[variable].dims
+        with _named_errors(self._store, self.committed):
+            self._array(name)[tuple(at.get(d, slice(None)) for d in dims)] = values
+
+    @property
+    def committed(self) -> int:
+        """Tokens safely written."""
+        return int(self._root.attrs["committed"])  # type: ignore[arg-type]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The root attributes."""
+        return dict(self._root.attrs)
+
+    def commit(self, tokens: int, carry: bytes | None, **attributes: Any) -> None:
+        """Declare tokens safely written.
+
+        Parameters
+        ----------
+        tokens : int
+            How many, from the start of the text.
+        carry : bytes or None
+            What a resumed run needs to go on; None completes the record.
+        **attributes
+            Root attributes that change with this commit.
+        """
+        with _named_errors(self._store, self.committed):
+            keep = f"at_{tokens}"
+            if carry is not None:
+                data = np.frombuffer(carry, dtype=np.uint8)
+                chunk = (min(max(1, data.size), SHARD_BYTES),)
+                self._root.create_array(
+                    f"{CARRY}/{keep}", data=data, chunks=chunk, compressors=None, overwrite=True
+                )
+            self._root.update_attributes({**attributes, "committed": tokens, "complete": carry is None})
+            if carry is None:
+                del self._root[CARRY]
+            else:
+                self._forget_carry_but(keep)
+
+    def read_carry(self) -> bytes | None:
+        """Return what was kept at the last commit; None if nothing is committed yet."""
+        if self.committed == 0:
+            return None
+        return np.asarray(self._array(f"{CARRY}/at_{self.committed}")[:]).tobytes()
+
+    def _forget_carry_but(self, keep: str) -> None:
+        group = self._root[CARRY]
+        assert isinstance(group, zarr.Group)
+        for name in [n for n in group.array_keys() if n != keep]:
+            del group[name]
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        if name.startswith(CARRY) or name not in self._arrays:
+            array = self._root[name]
+            assert isinstance(array, zarr.Array)
+            self._arrays[name] = array
+        return self._arrays[name]
+
+
+def _lay_out_group(root: zarr.Group, group: str, layout: Layout) -> None:
+    target = root.create_group(group)
+    variables = group_variables(group, layout.window)
+    for dim in dict.fromkeys(d for v in variables.values() for d in v.dims):
+        values = layout.coordinate(group, dim)
+        _create(target, dim, COORDINATES[dim], values.shape, values.shape, None, values)
+    for name, variable in variables.items():
+        shape = tuple(len(layout.coordinate(group, d)) for d in variable.dims)
+        chunks, shards = layout.shards(group, variable)
+        _create(target, name, variable, shape, chunks, shards)
+
+
+def _create(
+    group: zarr.Group,
+    name: str,
+    variable: Variable,
+    shape: Sequence[int],
+    chunks: Sequence[int],
+    shards: Sequence[int] | None,
+    values: NDArray[Any] | None = None,
+) -> None:
+    array = group.create_array(
+        name,
+        shape=tuple(shape),
+        dtype=variable.dtype,
+        chunks=tuple(max(1, c) for c in chunks),
+        shards=None if shards is None else tuple(shards),
+        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
+        fill_value=np.nan if variable.dtype.startswith("float") else 0,
+        dimension_names=variable.dims,
+        attributes={"long_name": variable.long_name, "units": variable.units},
+    )
+    if values is not None:
+        array[:] = values
+
+
+@contextmanager
+def _named_errors(store: StoreLike, committed: int | None = None) -> Iterator[None]:
+    """Say which argument an operating-system error is about, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "choose a place that can be written"
+        if committed:
+            remedy += f"; its first {committed} tokens are safe: run the same call again to go on from there"
+        raise OSError(error.errno, f"store={str(store)!r} cannot be written ({error.strerror}): {remedy}") from error
+
+
+def claim(store: StoreLike, fingerprint: str, overwrite: bool) -> zarr.Group | None:
+    """Decide what to do with a place before anything is run.
+
+    Returns
+    -------
+    zarr.Group or None
+        An interrupted record of the same request, to be continued; None if the place is free.
+
+    Raises
+    ------
+    FileExistsError
+        If something is there that must not be lost; says what it is and what to do.
+    """
+    if isinstance(store, str | Path) and Path(store).is_file():
+        raise FileExistsError(f"store={str(store)!r} is a file; name a folder that does not exist yet")
+    try:
+        root = zarr.open_group(store, mode="r+", zarr_format=3)
+    except FileNotFoundError:
+        root = None
+    if root is None:
+        if isinstance(store, str | Path) and Path(store).exists() and any(Path(store).iterdir()):
+            raise FileExistsError(f"store={str(store)!r} holds files that are no record; name another place")
+        return None
+    attributes = dict(root.attrs)
+    if "schema_version" not in attributes:
+        raise FileExistsError(f"store={str(store)!r} is a Zarr group but no record; name another place")
+    if overwrite:
+        return None
+    if attributes.get("complete"):
+        raise FileExistsError(
+            f"store={str(store)!r} holds a finished record; read it with statescope.open,"
+            " name another place or pass overwrite=True"
+        )
+    if attributes.get("fingerprint") != fingerprint or attributes["schema_version"] != SCHEMA_VERSION:
+        raise FileExistsError(
+            f"store={str(store)!r} holds an interrupted record of another model, text or choice of what to"
+            " keep; repeat that call to finish it, name another place or pass overwrite=True"
+        )
+    return root

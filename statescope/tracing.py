@@ -1,0 +1,368 @@
+"""``trace``: one call from a model and a text to a record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from zarr.storage import MemoryStore
+
+from statescope import record
+from statescope.carry import Carry
+from statescope.models import as_dtype, load
+from statescope.reader import Anatomy, Block, Edit, Reader, survey
+from statescope.scan import BACKENDS
+from statescope.schema import SCHEMA_VERSION, group_variables
+from statescope.store import Layout, RecordWriter, StoreLike, claim, shard_tokens
+from statescope.tokens import to_token_ids
+from statescope.watch import Probes, Watch
+
+SEGMENT = 4096
+"""Tokens of one forward pass, unless said otherwise."""
+
+
+def trace(
+    model: nn.Module | str | Path,
+    text: Any,
+    *,
+    tokenizer: Any = None,
+    store: StoreLike | None = None,
+    layers: Iterable[int] | int | None = None,
+    heads: Iterable[int] | int | None = None,
+    snapshots: Iterable[int] | int | None = None,
+    probes: Iterable[int] | int | Probes | None = None,
+    window: int = 1,
+    segment: int | None = None,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    train_length: int | None = None,
+    edit: Edit | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> xr.DataTree:
+    r"""Read a text with a model and record its recurrent states.
+
+    For every layer, head and token: how large the state is, how much it forgets, what the token writes
+    and how that lies to what is stored already (:class:`statescope.kernels.interface.Steps`). The model
+    is not changed, and with ``backend="auto"`` its outputs are those of an untraced run, bit for bit.
+
+    Parameters
+    ----------
+    model : transformers model, str or Path
+        A live model in evaluation mode, or what :func:`statescope.load` takes.
+    text : str, or integers (token,) or (sequence, token)
+        A text, or token ids as list, array or tensor.
+    tokenizer : optional
+        For a string: a transformers tokenizer, a hub id, a folder, a ``tokenizer.json`` or ``"bytes"``.
+        Default: the model's own.
+    store : str, Path or zarr store, optional
+        Where to write. Default: in memory. An interrupted record of the same call is continued.
+    layers, heads : int or sequence of int, optional
+        Which to record. Default: all.
+    snapshots : int or sequence of int, optional
+        Tokens after which the whole state is kept; negative ones count from the end.
+    probes : int, sequence of int or Probes, optional
+        Tokens at which the state is attributed to the tokens that made it. Where that goes back over more
+        than one segment, the text is read once more, ahead of the trace.
+    window : int
+        Tokens per entry of ``/steps``; see :func:`statescope.watch.thin`. Default 1.
+    segment : int, optional
+        Tokens of one forward pass (rounded up to whole windows); bounds the memory. The result does not
+        depend on it. Default 4096.
+    backend : str
+        ``"auto"``: the model's own scan computes its outputs, ours only measures; with ``edit``, ours
+        computes both. ``"model"``: never ours. A kernel's name (``"chunked"``, ``"reference"``): that
+        kernel computes outputs and measurements, which is faster on a CPU; outputs then agree to rounding.
+    device, dtype : optional
+        Where and in which floating dtype to load a model that is given by name.
+    train_length : int, optional
+        Tokens the model was trained at; recorded for the analyses. Default: the checkpoint's own word.
+    edit : callable, optional
+        ``edit(layer, recurrence)`` returns the :class:`~statescope.recurrence.Recurrence` to run instead.
+    overwrite : bool
+        Replace a record that is already there.
+    progress : bool, optional
+        Show a progress bar. Default: on a terminal, for work that takes longer than a second.
+
+    Returns
+    -------
+    xarray.DataTree
+        The record, opened lazily; see :func:`statescope.open`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For what does not fit; names the argument.
+    FileExistsError, OSError
+        For a ``store`` that is taken or cannot be written.
+
+    Notes
+    -----
+    Source: *Stuffed Mamba* (arXiv 2410.07145), sections 2 and 4.
+    """
+    _check_numbers(segment=segment, train_length=train_length)
+    model, model_id = _resolve_model(model, device, dtype)
+    ids = to_token_ids(text, tokenizer, model)
+    anatomy = survey(model, ids.to(next(model.parameters()).device), _kernel_choice(backend, edit))
+    watch = Watch.resolve(
+        tokens=ids.shape[1],
+        model_layers=anatomy.layers,
+        model_heads=anatomy.heads,
+        layers=layers,
+        heads=heads,
+        snapshots=snapshots,
+        probes=probes,
+        window=window,
+    )
+    own_outputs = backend == "model" or (backend == "auto" and edit is None)
+    length = -(-min(segment or SEGMENT, ids.shape[1]) // window) * window
+    plan = _Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
+    place = MemoryStore() if store is None else store
+    root = claim(place, plan.fingerprint(), overwrite)
+    if root is None:
+        writer = RecordWriter.create(place, plan.layout, plan.attributes(), ids.numpy())
+    else:
+        writer = RecordWriter(place, root, plan.layout)
+    _run(plan, writer, progress)
+    _warn_of_nonfinite(writer.attributes)
+    return record.open(place)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A trace with nothing left open."""
+
+    model: nn.Module
+    model_id: str
+    ids: Tensor
+    watch: Watch
+    anatomy: Anatomy
+    own_outputs: bool
+    edit: Edit | None
+    segment: int
+    train_length: int | None
+
+    @property
+    def layout(self) -> Layout:
+        sequences, tokens = self.ids.shape
+        row = 4 * sequences * len(self.watch.layers) * len(self.watch.heads)
+        return Layout(
+            sequences=sequences,
+            tokens=tokens,
+            layers=self.watch.layers,
+            heads=self.watch.heads,
+            key=self.anatomy.key,
+            value=self.anatomy.value,
+            window=self.watch.window,
+            snapshots=self.watch.snapshots,
+            probes=self.watch.probes,
+            shard=shard_tokens(row, self.segment),
+        )
+
+    def reader(self) -> Reader:
+        return Reader(self.model, self.ids, self.watch, self.anatomy.backend, self.own_outputs, self.edit)
+
+    def attributes(self) -> dict[str, Any]:
+        config: Any = self.model.config
+        train_length = self.train_length or getattr(config, "train_length", None)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "statescope_version": version("statescope-ssm"),
+            "model_id": self.model_id,
+            "model_type": str(getattr(config, "model_type", type(self.model).__name__)),
+            "train_length": train_length,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "device": str(next(self.model.parameters()).device),
+            "backend": self.anatomy.backend,
+            "outputs": "model" if self.own_outputs else "statescope",
+            "edit": _name_of(self.edit),
+            "segment": self.segment,
+            "versions": _versions(),
+            "watch": self.watch.to_json(),
+            "tokens": self.ids.shape[1],
+            "first_nonfinite": None,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides the numbers of a record."""
+        config: Any = self.model.config
+        hashed = hashlib.sha256(self.ids.numpy().tobytes())
+        for name, parameter in self.model.state_dict().items():
+            sample = parameter.detach().flatten()
+            sample = sample[:: max(1, len(sample) // 64)].double().cpu()
+            hashed.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode() + sample.numpy().tobytes())
+        settings = [
+            asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
+            tuple(self.ids.shape), config.to_json_string(),
+        ]  # fmt: skip
+        hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        return hashed.hexdigest()
+
+
+def _run(plan: _Plan, writer: RecordWriter, progress: bool | None) -> None:
+    tokens, reader = plan.ids.shape[1], plan.reader()
+    kept = writer.read_carry()
+    carry = Carry.fresh(plan.model) if kept is None else Carry.from_bytes(kept, plan.model, reader.device)
+    ahead = _tokens_to_read_ahead(plan) if kept is None else 0
+    disable = None if progress is None else not progress
+    total = (tokens + ahead) * len(plan.ids)
+    with tqdm(total=total, unit="tok", unit_scale=True, disable=disable, delay=1.0, leave=False) as bar:
+        bar.update(carry.position * len(plan.ids))
+        if ahead:
+            carry = _read_ahead(plan, reader, ahead, bar)
+        pending = _Pending(plan, carry.position)
+        while carry.position < tokens:
+            start, stop = carry.position, min(carry.position + plan.segment, tokens)
+            pending.add(reader.read(carry, stop))
+            if stop % plan.layout.shard == 0 or stop == tokens:
+                pending.write(writer, stop)
+                writer.commit(stop, None if stop == tokens else carry.to_bytes(), **pending.news)
+                pending = _Pending(plan, stop, pending.news)
+            bar.update((stop - start) * len(plan.ids))
+
+
+def _tokens_to_read_ahead(plan: _Plan) -> int:
+    """How far a probe's reach makes it necessary to know the states before the trace; 0 if it does not."""
+    crossing = [p for p in plan.watch.probes if plan.watch.probe_start(p) < p // plan.segment * plan.segment]
+    return (max(plan.watch.probes) + 1) if crossing else 0
+
+
+def _read_ahead(plan: _Plan, reader: Reader, tokens: int, bar: Any) -> Carry:
+    ahead = Carry.fresh(plan.model)
+    while ahead.position < tokens:
+        start, stop = ahead.position, min(ahead.position + plan.segment, plan.ids.shape[1])
+        reader.read_ahead(ahead, stop)
+        bar.update((min(stop, tokens) - start) * len(plan.ids))
+    carry = Carry.fresh(plan.model)
+    carry.probe_states, carry.probe_decays = ahead.probe_states, ahead.probe_decays
+    return carry
+
+
+class _Pending:
+    """Blocks that wait for a whole shard."""
+
+    def __init__(self, plan: _Plan, start: int, news: Mapping[str, Any] | None = None) -> None:
+        self.plan, self.start = plan, start
+        self.blocks: list[dict[str, Any]] = []
+        self.news: dict[str, Any] = dict(news or {})
+
+    def add(self, block: Block) -> None:
+        if block.first_nonfinite and not self.news:
+            self.news["first_nonfinite"] = block.first_nonfinite
+        self.blocks.append(
+            {
+                "steps": {name: _to_numpy(x) for name, x in block.steps.items()},
+                "loss": _to_numpy(block.loss),
+                "states": {p: _to_numpy(x) for p, x in block.states.items()},
+                "contribution": {p: (at, _to_numpy(x)) for p, (at, x) in block.contribution.items()},
+                "share": {p: (at, _to_numpy(x)) for p, (at, x) in block.share.items()},
+                "share_before": {p: _to_numpy(x) for p, x in block.share_before.items()},
+            }
+        )
+
+    def write(self, writer: RecordWriter, stop: int) -> None:
+        window, watch = self.plan.watch.window, self.plan.watch
+        entries = slice(self.start // window, -(-stop // window))
+        for name in group_variables("steps", window):
+            values = np.concatenate([b["steps"][name] for b in self.blocks], axis=2)
+            writer.write(f"steps/{name}", values, token=entries)
+        loss = np.concatenate([b["loss"] for b in self.blocks], axis=1)
+        writer.write("tokens/loss", loss, token=slice(self.start, stop))
+        states = {p: x for b in self.blocks for p, x in b["states"].items()}
+        if states:
+            first = watch.snapshots.index(min(states))
+            stacked = np.stack([states[p] for p in sorted(states)], axis=2)
+            writer.write("snapshots/state", stacked, position=slice(first, first + len(states)))
+        for i, p in enumerate(watch.probes):
+            self._write_probe(writer, i, p)
+
+    def _write_probe(self, writer: RecordWriter, index: int, p: int) -> None:
+        probe = slice(index, index + 1)
+        for name in ("contribution", "share"):
+            parts = [b[name][p] for b in self.blocks if p in b[name]]
+            if parts:
+                values = np.concatenate([x for _, x in parts], axis=2)[:, :, None]
+                token = slice(parts[0][0], parts[0][0] + values.shape[3])
+                writer.write(f"probes/{name}", values, probe=probe, token=token)
+        for block in self.blocks:
+            if p in block["share_before"]:
+                writer.write("probes/share_before", block["share_before"][p][:, :, None], probe=probe)
+
+
+def _to_numpy(x: Tensor) -> NDArray[np.float32]:
+    return x.to(torch.float32).cpu().numpy()
+
+
+def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]:
+    if isinstance(model, str | Path):
+        return load(model, device=device, dtype=dtype), str(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model, a name or a folder")
+    if model.training:
+        raise ValueError("model is in training mode; call model.eval() first")
+    first = next(model.parameters())
+    if device is not None and torch.device(device).type != first.device.type:
+        raise ValueError(f"device={device!r}, but the model is on {first.device}; move the model, or pass its name")
+    if dtype is not None and as_dtype(dtype) != first.dtype:
+        raise ValueError(f"dtype={dtype!r}, but the model is in {first.dtype}; convert it, or pass its name")
+    return model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def _kernel_choice(backend: str, edit: Edit | None) -> str:
+    if backend == "model" and edit is not None:
+        raise ValueError("backend='model' leaves the scan to the model, which an edit cannot reach; use 'auto'")
+    if backend not in ("auto", "model", *BACKENDS):
+        raise ValueError(f"backend={backend!r} is unknown; choose one of: auto, model, {', '.join(BACKENDS)}")
+    if edit is not None and not callable(edit):
+        raise TypeError(f"edit is a {type(edit).__name__}; expected a function of (layer, recurrence)")
+    return backend
+
+
+def _check_numbers(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}; expected a number of tokens, 1 or more")
+
+
+def _name_of(function: Any) -> str | None:
+    if function is None:
+        return None
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "triton", "mamba-ssm", "numpy", "zarr", "xarray"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _warn_of_nonfinite(attributes: Mapping[str, Any]) -> None:
+    first = attributes.get("first_nonfinite")
+    if first:
+        place = ", ".join(f"{k} {v}" for k, v in first.items() if k != "variable")
+        warnings.warn(
+            f"the record holds non-finite values; the first is in {first['variable']} at {place}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
