@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from inspect import unwrap
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -47,7 +48,7 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
     ValueError
         If there is none; lists the supported families.
     """
-    found = {int(m.layer_idx): m for m in model.modules() if _scan_functions(m) and hasattr(m, "layer_idx")}
+    found = {int(m.layer_idx): m for m in model.modules() if hasattr(m, "layer_idx") and _scan_class(m)}
     if not found:
         kinds = sorted({f"{a.signature}: {', '.join(a.models)}" for a in ADAPTERS.values()})
         raise ValueError(
@@ -71,8 +72,9 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
     with ExitStack() as stack:
         for layer, mixer in mixers(model).items():
             stack.enter_context(_announced(mixer, layer, handler))
-            for name in _scan_functions(mixer):
-                stack.enter_context(_patched(_module_of(mixer), name))
+            home, names = _scan_class(mixer)  # type: ignore[misc]
+            for name in names:
+                stack.enter_context(_patched(home, name))
         yield
 
 
@@ -130,20 +132,17 @@ def _is_fused(function: Callable[..., Any]) -> bool:
     return bool(bound.get("is_new_implementation", False))
 
 
-def _module_of(module: nn.Module) -> ModuleType:
-    return sys.modules[type(module).__module__]
+def _scan_class(module: nn.Module) -> tuple[ModuleType, list[str]] | None:
+    """The modeling module whose scan functions this module's class (or a base of it) calls, and which."""
+    for cls in type(module).__mro__:
+        home = sys.modules.get(cls.__module__)
+        called = {name for member in vars(cls).values() for name in _names_used(member)}
+        names = [name for name in ADAPTERS if name in called and hasattr(home, name)]
+        if home is not None and names:
+            return home, names
+    return None
 
 
-def _scan_functions(module: nn.Module) -> list[str]:
-    """Known scan functions that this module's own class calls."""
-    methods = vars(type(module)).values()
-    called = {name for m in methods for name in _names_used(m)}
-    return [name for name in ADAPTERS if name in called and hasattr(_module_of(module), name)]
-
-
-def _names_used(method: Any) -> tuple[str, ...]:
-    function = getattr(method, "__func__", method)
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    code = getattr(function, "__code__", None)
+def _names_used(member: Any) -> tuple[str, ...]:
+    code = getattr(unwrap(getattr(member, "__func__", member)), "__code__", None)
     return code.co_names if isinstance(code, CodeType) else ()

@@ -31,7 +31,7 @@ from statescope.store import Layout, RecordWriter, StoreLike, claim, shard_token
 from statescope.tokens import to_token_ids
 from statescope.watch import Probes, Watch
 
-SEGMENT = 4096
+SEGMENT = 2048
 """Tokens of one forward pass, unless said otherwise."""
 
 
@@ -83,7 +83,7 @@ def trace(
         Tokens per entry of ``/steps``; see :func:`statescope.watch.thin`. Default 1.
     segment : int, optional
         Tokens of one forward pass (rounded up to whole windows); bounds the memory. The result does not
-        depend on it. Default 4096.
+        depend on it. Default 2048.
     backend : str
         ``"auto"``: the model's own scan computes its outputs, ours only measures; with ``edit``, ours
         computes both. ``"model"``: never ours. A kernel's name (``"chunked"``, ``"reference"``): that

@@ -66,8 +66,9 @@ def read_chunk_scan(
         assert output.y is not None
         y = output.y if z is None else output.y * silu(z)
         # transformers' torch scan answers in float32, the fused one in the model's dtype.
-        y = y if mirror_dtype else y.to(hidden_states.dtype)
-        return (y, output.final_state.transpose(-2, -1).contiguous()) if return_final_states else y
+        y = y.to(torch.float32 if mirror_dtype else hidden_states.dtype)
+        state = output.final_state.transpose(-2, -1).to(torch.float32, memory_format=torch.contiguous_format)
+        return (y, state) if return_final_states else y
 
     return Call(recurrence, answer)
 
