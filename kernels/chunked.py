@@ -239,7 +239,9 @@ class _Chunks:
         c, i = divmod(token, self.k.shape[3])
         run = self.run[:, c]
         remaining = (run[..., i : i + 1] - run[..., : i + 1]).exp() * self.w[:, c, ..., : i + 1]
-        written = torch.einsum("bgik,bghi,bighv->bghkv", self.k[:, c, :, : i + 1], remaining, self.v[:, c, : i + 1])
+        written = torch.einsum(
+            "bgik,bghi,bighv->bghkv", self.k[:, c, :, : i + 1], remaining, self.v[:, c, : i + 1]
+        )
         kept = run[..., i].exp()[..., None, None] * entering[:, c].transpose(2, 3)
         return (kept + written).flatten(1, 2)
 

@@ -29,7 +29,9 @@ def cache_keyword(model: nn.Module) -> str:
     for keyword in CACHE_KEYWORDS:
         if keyword in parameters:
             return keyword
-    raise ValueError(f"model is a {type(model).__name__}, which takes no cache ({' or '.join(CACHE_KEYWORDS)})")
+    raise ValueError(
+        f"model is a {type(model).__name__}, which takes no cache ({' or '.join(CACHE_KEYWORDS)})"
+    )
 
 
 @dataclass
@@ -84,7 +86,9 @@ class Carry:
         tensors |= {f"log_decay/{layer}": t for layer, t in self.log_decay.items()}
         for name in ("probe_states", "probe_decays"):
             tensors |= {f"{name}/{layer}/{p}": t for (layer, p), t in getattr(self, name).items()}
-        tensors = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        tensors = {
+            name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+        }
         return save_safetensors(tensors, metadata={"plain": json.dumps(plain)})
 
     @classmethod

@@ -208,7 +208,9 @@ def mamba2_config(config: dict[str, Any]) -> Any:
     multiple = flat.get("pad_vocab_size_multiple", 8)
     inner = settings["hidden_size"] * settings.get("expand", 2)
     if inner % settings["head_dim"]:
-        raise ValueError(f"model: config.json has headdim {settings['head_dim']}, which does not divide {inner}")
+        raise ValueError(
+            f"model: config.json has headdim {settings['head_dim']}, which does not divide {inner}"
+        )
     return Mamba2Config(
         vocab_size=-(-flat["vocab_size"] // multiple) * multiple,
         num_heads=inner // settings["head_dim"],

@@ -102,7 +102,13 @@ class Reader:
     """
 
     def __init__(
-        self, model: nn.Module, ids: Tensor, watch: Watch, backend: str, own_outputs: bool, edit: Edit | None = None
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        watch: Watch,
+        backend: str,
+        own_outputs: bool,
+        edit: Edit | None = None,
     ) -> None:
         self.model, self.ids, self.watch = model, ids, watch
         self.backend, self.own_outputs, self.edit = backend, own_outputs, edit

@@ -47,7 +47,7 @@ def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
         except (FileNotFoundError, KeyError) as error:
             raise ValueError(f"store={str(store)!r} lacks its group {name!r}; it is damaged") from error
         _check_group(dataset, name, watch["window"], store)
-        tree[f"/{name}"] = _trim(dataset, committed)
+        tree[f"/{name}"] = _trim(dataset[list(group_variables(name, watch["window"]))], committed)
     return xr.DataTree.from_dict(tree)
 
 
@@ -68,7 +68,9 @@ def _validated(store: Any) -> dict[str, Any]:
         )
     missing = [name for name in ROOT_ATTRIBUTES if name not in attributes]
     if missing:
-        raise ValueError(f"store={str(store)!r} lacks the root attributes {', '.join(missing)}; it is damaged")
+        raise ValueError(
+            f"store={str(store)!r} lacks the root attributes {', '.join(missing)}; it is damaged"
+        )
     return attributes
 
 

@@ -289,7 +289,9 @@ def _named_errors(store: StoreLike, committed: int | None = None) -> Iterator[No
         remedy = "free some space" if full else "choose a place that can be written"
         if committed:
             remedy += f"; its first {committed} tokens are safe: run the same call again to go on from there"
-        raise OSError(error.errno, f"store={str(store)!r} cannot be written ({error.strerror}): {remedy}") from error
+        raise OSError(
+            error.errno, f"store={str(store)!r} cannot be written ({error.strerror}): {remedy}"
+        ) from error
 
 
 def claim(store: StoreLike, fingerprint: str, overwrite: bool) -> zarr.Group | None:

@@ -207,7 +207,9 @@ class _Plan:
         for name, parameter in self.model.state_dict().items():
             sample = parameter.detach().flatten()
             sample = sample[:: max(1, len(sample) // 64)].double().cpu()
-            hashed.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode() + sample.numpy().tobytes())
+            hashed.update(
+                f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode() + sample.numpy().tobytes()
+            )
         settings = [
             asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
             tuple(self.ids.shape), config.to_json_string(),
@@ -314,12 +316,16 @@ def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]
     if isinstance(model, str | Path):
         return load(model, device=device, dtype=dtype), str(model)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model, a name or a folder")
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a transformers model, a name or a folder"
+        )
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first")
     first = next(model.parameters())
     if device is not None and torch.device(device).type != first.device.type:
-        raise ValueError(f"device={device!r}, but the model is on {first.device}; move the model, or pass its name")
+        raise ValueError(
+            f"device={device!r}, but the model is on {first.device}; move the model, or pass its name"
+        )
     if dtype is not None and as_dtype(dtype) != first.dtype:
         raise ValueError(f"dtype={dtype!r}, but the model is in {first.dtype}; convert it, or pass its name")
     return model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -327,7 +333,9 @@ def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]
 
 def _kernel_choice(backend: str, edit: Edit | None) -> str:
     if backend == "model" and edit is not None:
-        raise ValueError("backend='model' leaves the scan to the model, which an edit cannot reach; use 'auto'")
+        raise ValueError(
+            "backend='model' leaves the scan to the model, which an edit cannot reach; use 'auto'"
+        )
     if backend not in ("auto", "model", *BACKENDS):
         raise ValueError(f"backend={backend!r} is unknown; choose one of: auto, model, {', '.join(BACKENDS)}")
     if edit is not None and not callable(edit):
