@@ -34,7 +34,8 @@ def retention(record: xr.DataTree, token: int, at: int) -> xr.DataArray:
         if position not in log_decay["token"]:
             raise ValueError(f"{name}={position} is no recorded token (the end of a window)")
     between = (log_decay["token"] > token) & (log_decay["token"] <= at)
-    kept = np.exp(log_decay.isel(token=between.values).astype("float64").sum("token"))
+    total = log_decay.isel(token=between.values).astype("float64").sum("token")
+    kept: xr.DataArray = xr.apply_ufunc(np.exp, total)
     return kept.rename("retention").assign_attrs(long_name=f"retention of token {token} at {at}", units="1")
 
 
@@ -77,8 +78,8 @@ def live_memories(record: xr.DataTree) -> xr.DataArray:
         From 1 (one write dominates) upwards. Above ``min(key, value)`` there are more live memories than
         orthogonal directions to hold them apart.
     """
-    steps = record["steps"]
-    if int(steps["token"].size) and int(steps["token"][0]) != 0:
+    steps = record["steps"].to_dataset()
+    if steps.sizes["token"] and int(steps["token"][0]) != 0:
         raise ValueError("live_memories needs a record with window=1")
     decay, write = np.exp(steps["log_decay"]), steps["write_norm"]
     total = xr.apply_ufunc(

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from statescope.analyses.measures import overload_ratio, share_of
 
-TRAIN_LENGTH = {"color": "tab:red", "linestyle": "--", "linewidth": 1.2}
+TRAIN_LENGTH: dict[str, Any] = {"color": "tab:red", "linestyle": "--", "linewidth": 1.2}
 """How the training length is drawn, in every figure."""
 
 

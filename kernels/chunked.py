@@ -182,7 +182,7 @@ class _Chunks:
 
     def pass_states(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the state entering every chunk, (b c g k h v), and the one leaving the last."""
-        batch, _, groups, heads, _ = self.w.shape
+        groups, heads = self.w.shape[2:4]
         remaining = (self.run[..., -1:] - self.run).exp() * self.w
         written = self.v * remaining.permute(0, 1, 4, 2, 3)[..., None]
         local = self.k.transpose(-2, -1) @ written.transpose(2, 3).flatten(4)

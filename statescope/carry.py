@@ -62,7 +62,8 @@ class Carry:
     @classmethod
     def fresh(cls, model: nn.Module) -> Carry:
         """Start before the first token."""
-        return cls(cache=DynamicCache(config=model.config))
+        config: Any = model.config
+        return cls(cache=DynamicCache(config=config))
 
     def to_bytes(self) -> bytes:
         """Write as safetensors; exact, and free of code."""
@@ -100,14 +101,15 @@ class Carry:
         carry = cls.fresh(model)
         carry.position = plain["position"]
         carry.pending_loss = tensors.pop("pending_loss", None)
-        for i, layer in enumerate(carry.cache.layers):
+        layers: list[Any] = carry.cache.layers
+        for i, layer in enumerate(layers):
             for name, value in plain[f"cache/{i}"].items():
                 setattr(layer, name, _plain(value))
             layer.device = device
         for name, tensor in tensors.items():
             kind, *path = name.split("/")
             if kind == "cache":
-                _restore(carry.cache.layers[int(path[0])], path[1:], tensor)
+                _restore(layers[int(path[0])], path[1:], tensor)
             elif kind == "log_decay":
                 carry.log_decay[int(path[0])] = tensor
             else:

@@ -146,20 +146,22 @@ def _integers(name: str, given: str | None) -> Any:
 def _describe(store: Path) -> None:
     import statescope
 
-    record = statescope.open(store)
-    a = record.attrs
-    tokens, committed = a["tokens"], a["committed"]
-    state = "complete" if a["complete"] else f"interrupted after {committed:,} tokens; trace again to go on"
-    sizes = record["steps"].sizes
+    record: Any = statescope.open(store)
+    a, sizes = record.attrs, record["steps"].sizes
+    state = (
+        "complete" if a["complete"] else f"interrupted after {a['committed']:,} tokens; trace again to go on"
+    )
     files = [p for p in store.rglob("*") if p.is_file()]
-    size = sum(p.stat().st_size for p in files)
+    size = sum(p.stat().st_size for p in files) / 2**20
+    window, length = json.loads(a["watch"])["window"], a["train_length"] or "unknown"
     outputs = "the model's own scan" if a["outputs"] == "model" else f"the {a['backend']} kernel"
     lines = {
-        "record": f"{store} ({size / 2**20:.1f} MiB, {len(files)} files), {state}",
-        "model": f"{a['model_id']} ({a['model_type']}, {a['dtype']}, trained at {a['train_length'] or 'unknown'})",
-        "text": f"{sizes['sequence']} x {tokens:,} tokens, mean loss {_mean_loss(record)}",
-        "steps": f"{sizes['layer']} layers x {sizes['head']} heads, one entry per {json.loads(a['watch'])['window']}",
-        "computed by": f"outputs {outputs}, measurements the {a['backend']} kernel, segments of {a['segment']:,}",
+        "record": f"{store} ({size:.1f} MiB, {len(files)} files), {state}",
+        "model": f"{a['model_id']} ({a['model_type']}, {a['dtype']}, training length {length})",
+        "text": f"{sizes['sequence']} x {a['tokens']:,} tokens, mean loss {_mean_loss(record)}",
+        "steps": f"{sizes['layer']} layers x {sizes['head']} heads, tokens per entry: {window}",
+        "outputs": f"by {outputs}, in segments of {a['segment']:,} tokens",
+        "measured": f"by the {a['backend']} kernel",
         "created": f"{a['created_at']} by statescope {a['statescope_version']}",
     }
     for group, dim in (("snapshots", "position"), ("probes", "probe")):

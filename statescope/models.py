@@ -65,7 +65,7 @@ def load(
             model = _load_mamba_ssm(folder, config, kind)
         else:
             raise ValueError(
-                f"model={str(name)!r}: config.json has neither transformers' model_type nor mamba_ssm's d_model"
+                f"model={str(name)!r}: config.json names neither a model_type (transformers) nor a d_model"
             )
     except pickle.UnpicklingError as error:
         raise ValueError(

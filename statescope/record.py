@@ -63,8 +63,8 @@ def _validated(store: Any) -> dict[str, Any]:
         raise ValueError(f"store={str(store)!r} is a Zarr group but no record: schema_version is missing")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(
-            f"store={str(store)!r} has schema_version {version}; this statescope reads up to {SCHEMA_VERSION}:"
-            " upgrade it"
+            f"store={str(store)!r} has schema_version {version}; this statescope reads up to"
+            f" {SCHEMA_VERSION}: upgrade it"
         )
     missing = [name for name in ROOT_ATTRIBUTES if name not in attributes]
     if missing:

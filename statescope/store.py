@@ -28,7 +28,7 @@ from statescope.schema import COORDINATES, SCHEMA_VERSION, Variable, group_varia
 StoreLike = str | Path | MemoryStore | LocalStore
 
 SHARD_BYTES = 64 * 2**20
-"""Upper bound of one variable's shard, uncompressed; with :data:`SHARD_TOKENS` it sets how often a trace commits."""
+"""Upper bound of one variable's shard, uncompressed."""
 
 SHARD_TOKENS = 16384
 """Upper bound of the tokens between two commits."""

@@ -101,5 +101,5 @@ def test_weights_that_do_not_fit(folder: Path) -> None:
 
 def test_unreachable_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="neither bundled .* nor a folder, nor a hub id"):
+    with pytest.raises(ValueError, match=r"neither bundled .* nor a folder, nor a hub id"):
         statescope.load("nobody/nothing")

@@ -56,9 +56,13 @@ def test_depth_ends(depth: float) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [({"length": 20, "depth": 0}, "length=20"), ({"length": 500, "depth": 2}, "depth=2"),
-     ({"length": 500, "depth": 0, "haystack": "short"}, "haystack"), ({"length": 500, "depth": 0, "haystack": "é" * 900}, "haystack")],
-)  # fmt: skip
+    [
+        ({"length": 20, "depth": 0}, "length=20"),
+        ({"length": 500, "depth": 2}, "depth=2"),
+        ({"length": 500, "depth": 0, "haystack": "short"}, "haystack"),
+        ({"length": 500, "depth": 0, "haystack": "é" * 900}, "haystack"),
+    ],
+)
 def test_bad_prompts_are_named(arguments: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make_prompt(rng=np.random.default_rng(0), **arguments)

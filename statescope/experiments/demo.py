@@ -21,6 +21,11 @@ PROMPTS = 4
 DEPTH = 0.1
 SEED = 0
 
+LEGEND = """
+needle kept: of what the needle's last token wrote, in the head that keeps most; needle share: of the
+state's energy, in the head that holds most; overload: state norm over its largest inside the training
+length, worst head; live memories: writes a state effectively holds, worst head. All at the question."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -38,7 +43,7 @@ class Cell:
         return sum(a == p.passkey for a, p in zip(self.answers, self.prompts, strict=True))
 
     def measures(self) -> dict[str, float]:
-        """State measures at the question, for the head that serves best or fares worst; means over prompts."""
+        """State measures at the question, of the best or worst head; means over prompts."""
         prompt, last = self.prompts[0], self.length - 1  # the needle stands at the same place in all
         needle = share_of(self.record, prompt.needle_start, prompt.needle_stop).isel(probe=-1)
         kept = retention(self.record, prompt.needle_stop - 1, last)
@@ -66,29 +71,25 @@ def run(out: Path, overwrite: bool = False, say: Callable[[str], None] = print) 
         Takes each line that is printed.
     """
     cells = []
-    say(
-        f"{'checkpoint':22} {'tokens':>6} {'right':>5}  {'needle':>7} {'needle':>7} {'over-':>6} {'live':>9}  answers"
-    )
-    say(f"{'':22} {'':>6} {'':>5}  {'kept':>7} {'share':>7} {'load':>6} {'memories':>9}  (asked for)")
+    say(_row("", "", "", "needle", "needle", "over-", "live", "answers"))
+    say(_row("checkpoint", "tokens", "right", "kept", "share", "load", "memories", "(asked for)"))
     for cell in _cells(out, overwrite):
         cells.append(cell)
-        m = cell.measures()
-        said = ", ".join(
-            a if a == p.passkey else f"{a} ({p.passkey})"
-            for a, p in zip(cell.answers, cell.prompts, strict=True)
-        )
-        say(
-            f"{cell.model:22} {cell.length:>6} {cell.right:>3}/{len(cell.prompts)}  {m['needle kept']:>7.1%}"
-            f" {m['needle share']:>7.1%} {m['overload']:>6.2f} {m['live memories']:>9.0f}  {said}"
-        )
-    say(
-        "\nneedle kept: of what the needle's last token wrote, in the head that keeps most; needle share: of the"
-        "\nstate's energy, in the head that holds most; overload: state norm over its largest inside the training"
-        "\nlength, worst head; live memories: writes a state effectively holds, worst head. All at the question."
-    )
+        pairs = zip(cell.answers, cell.prompts, strict=True)
+        said = ", ".join(a if a == p.passkey else f"{a} ({p.passkey})" for a, p in pairs)
+        kept, share, ratio, live = cell.measures().values()
+        right = f"{cell.right}/{len(cell.prompts)}"
+        numbers = (f"{kept:.1%}", f"{share:.1%}", f"{ratio:.2f}", f"{live:.0f}")
+        say(_row(cell.model, str(cell.length), right, *numbers, said))
+    say(LEGEND)
     say(f"\nrecords: {out}/*.zarr (open them with statescope.open)")
     _draw(cells, out, say)
     return cells
+
+
+def _row(name: str, *columns: str) -> str:
+    *numbers, last = columns
+    return " ".join([f"{name:22}", *(f"{n:>8}" for n in numbers), f" {last}"])
 
 
 def _cells(out: Path, overwrite: bool) -> Iterator[Cell]:
