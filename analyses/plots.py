@@ -71,7 +71,7 @@ def _draw_growth(ax: Axes, panel: PasskeyPanel) -> None:
     ax.axvline(panel.record.attrs["train_length"], **TRAIN_LENGTH, label="training length")
     ax.set(title=panel.title, ylabel="state norm /\nlargest in training", ylim=(0, 2.05))
     ax.margins(x=0)
-    ax.legend(frameon=False, loc="upper left", ncols=2)
+    ax.legend(frameon=False, loc="upper right", bbox_to_anchor=(0.95, 1.02), ncols=2)
 
 
 def _draw_shares(ax: Axes, panel: PasskeyPanel) -> None:
