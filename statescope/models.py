@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from statescope.tokens import BYTES
@@ -54,7 +55,7 @@ def load(
         If there is no such model, its configuration is not understood, or its weights hold pickled code;
         names ``model``.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = _folder(str(name))
     config = _read_json(folder / "config.json")
     kind = as_dtype(dtype or torch.float32)
@@ -72,8 +73,21 @@ def load(
             f"model={str(name)!r} holds pickled code in its weights, which is not run; convert it to"
             " safetensors on a machine where you trust it"
         ) from error
+    except SafetensorError as error:
+        raise ValueError(f"model={str(name)!r} has damaged weights: {error}; fetch it again") from error
     model.config._name_or_path = str(name)
-    return model.to(device).eval()
+    return model.to(place).eval()
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """Turn a name such as ``"cuda"`` into a device that is there."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is unknown; expected one such as 'cpu' or 'cuda'") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch finds no GPU here; use 'cpu'")
+    return found
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -109,7 +123,20 @@ def _folder(name: str) -> Path:
 def _load_transformers(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded: Any
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except OSError as error:
+        raise ValueError(f"model={str(folder)!r} has no weights that can be read: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"model={str(folder)!r}: weights do not fit config.json: {error}") from error
+    model, found = loaded
+    if found["missing_keys"]:  # transformers would go on with random ones
+        missing = ", ".join(sorted(found["missing_keys"]))
+        raise ValueError(f"model={str(folder)!r}: weights do not fit config.json: missing are {missing}")
+    return model
 
 
 def _load_mamba_ssm(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -194,7 +221,9 @@ def mamba2_config(config: dict[str, Any]) -> Any:
     from transformers import Mamba2Config
 
     flat = {k: v for k, v in config.items() if k != "ssm_cfg"}
-    flat |= {f"ssm_cfg.{k}": v for k, v in config.get("ssm_cfg", {}).items()}
+    flat |= {f"ssm_cfg.{k}": v for k, v in (config.get("ssm_cfg") or {}).items()}
+    if "vocab_size" not in flat:
+        raise ValueError("model: config.json lacks vocab_size")
     flat.setdefault("ssm_cfg.layer", "Mamba1")  # what mamba_ssm does
     settings: dict[str, Any] = {"n_groups": 1, "head_dim": 64, "state_size": 128, "chunk_size": 256}
     settings |= {"tie_word_embeddings": True, "residual_in_fp32": True, "layer_norm_epsilon": 1e-5}
@@ -204,7 +233,10 @@ def mamba2_config(config: dict[str, Any]) -> Any:
         if name in _RENAMED:
             settings[_RENAMED[name]] = tuple(value) if name == "ssm_cfg.dt_limit" else value
         elif name not in _FIXED and name not in _WITHOUT_EFFECT | {"vocab_size", "pad_vocab_size_multiple"}:
-            raise ValueError(f"model: config.json has {name}={value!r}, which is not understood")
+            raise ValueError(
+                f"model: config.json has {name}={value!r}, which is not understood;"
+                " remove it if the model is the same without it"
+            )
     multiple = flat.get("pad_vocab_size_multiple", 8)
     inner = settings["hidden_size"] * settings.get("expand", 2)
     if inner % settings["head_dim"]:

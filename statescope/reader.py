@@ -73,7 +73,11 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
 
     expected = tuple(mixers(model))
     with torch.no_grad(), capture(model, note):
-        model(ids[:1, :1], use_cache=False)
+        output = model(ids[:1, :1], use_cache=False)
+    if not hasattr(output, "logits"):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which gives no logits; pass the whole causal language model"
+        )
     if set(found) != set(expected):
         missing = sorted(set(expected) - set(found))
         raise ValueError(f"model: layers {missing} did not call their scan; is it in evaluation mode?")
@@ -229,6 +233,12 @@ class _Segment:
         edited = self.reader.edit(layer, call.recurrence)
         if not isinstance(edited, Recurrence):
             raise TypeError(f"edit returned {type(edited).__name__} at layer {layer}; expected a Recurrence")
+        shapes = [(*r.v.shape, r.key) for r in (edited, call.recurrence)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"edit returned a recurrence of another shape at layer {layer}: {shapes[0]};"
+                f" expected (batch, time, heads, value, key) {shapes[1]}, as it was given"
+            )
         return edited
 
     def _positions(self) -> list[int]:
@@ -293,4 +303,5 @@ def _nonfinite_loss(loss: Tensor, start: int) -> list[dict[str, Any]]:
     bad = ~torch.isfinite(loss)
     if start == 0:
         bad[:, 0] = False
-    return [{"variable": "loss", "sequence": s, "token": start + t} for s, t in bad.nonzero().tolist()[:1]]
+    found = [{"variable": "loss", "sequence": s, "token": start + t} for s, t in bad.nonzero().tolist()]
+    return sorted(found, key=lambda b: b["token"])[:1]

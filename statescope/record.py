@@ -9,9 +9,11 @@ from typing import Any
 import xarray as xr
 import zarr
 
-from statescope.schema import GROUPS, ROOT_ATTRIBUTES, SCHEMA_VERSION, group_variables
+from statescope.schema import COORDINATES, GROUPS, ROOT_ATTRIBUTES, SCHEMA_VERSION, group_variables
 
 REQUIRED = ("tokens", "steps")
+
+DAMAGED = "it is damaged: trace the text again"
 
 
 def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
@@ -37,27 +39,27 @@ def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
     ValueError
         If it is no record, a newer one, or a damaged one; says what is missing.
     """
-    attributes = _validated(store)
+    root = _validated(store)
+    attributes: dict[str, Any] = dict(root.attrs)
     committed, watch = int(attributes["committed"]), json.loads(attributes["watch"])
     names = [g for g in GROUPS if g in REQUIRED or watch[g]]
+    for name in names:
+        _check_group(root, name, watch["window"], store)
     tree = {"/": xr.Dataset(attrs=attributes)}
     for name in names:
-        try:
-            dataset = xr.open_zarr(store, group=name, consolidated=False, chunks=chunks)
-        except (FileNotFoundError, KeyError) as error:
-            raise ValueError(f"store={str(store)!r} lacks its group {name!r}; it is damaged") from error
-        _check_group(dataset, name, watch["window"], store)
+        dataset = xr.open_zarr(store, group=name, consolidated=False, chunks=chunks)
         tree[f"/{name}"] = _trim(dataset[list(group_variables(name, watch["window"]))], committed)
     return xr.DataTree.from_dict(tree)
 
 
-def _validated(store: Any) -> dict[str, Any]:
+def _validated(store: Any) -> zarr.Group:
     if isinstance(store, str | Path) and not Path(store).exists() and "://" not in str(store):
         raise FileNotFoundError(f"store={str(store)!r} does not exist")
     try:
-        attributes = dict(zarr.open_group(store, mode="r", zarr_format=3).attrs)
+        root = zarr.open_group(store, mode="r", zarr_format=3)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise ValueError(f"store={str(store)!r} is no Zarr group, so no record") from error
+    attributes = dict(root.attrs)
     version = attributes.get("schema_version")
     if version is None:
         raise ValueError(f"store={str(store)!r} is a Zarr group but no record: schema_version is missing")
@@ -68,20 +70,23 @@ def _validated(store: Any) -> dict[str, Any]:
         )
     missing = [name for name in ROOT_ATTRIBUTES if name not in attributes]
     if missing:
-        raise ValueError(
-            f"store={str(store)!r} lacks the root attributes {', '.join(missing)}; it is damaged"
-        )
-    return attributes
+        raise ValueError(f"store={str(store)!r} lacks the root attributes {', '.join(missing)}; {DAMAGED}")
+    return root
 
 
-def _check_group(dataset: xr.Dataset, group: str, window: int, store: Any) -> None:
-    for name, variable in group_variables(group, window).items():
-        if name not in dataset:
-            raise ValueError(f"store={str(store)!r} lacks {group}/{name}; it is damaged")
-        if dataset[name].dims != variable.dims:
+def _check_group(root: zarr.Group, group: str, window: int, store: Any) -> None:
+    """Demand every array of a group: xarray leaves out what it does not find."""
+    variables = group_variables(group, window)
+    wanted = variables | {d: COORDINATES[d] for v in variables.values() for d in v.dims}
+    for name, variable in wanted.items():
+        try:
+            array: Any = root[f"{group}/{name}"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"store={str(store)!r} lacks {group}/{name}; {DAMAGED}") from error
+        dims = getattr(array.metadata, "dimension_names", None)
+        if dims != variable.dims:
             raise ValueError(
-                f"store={str(store)!r} has {group}/{name} with dimensions {dataset[name].dims};"
-                f" expected {variable.dims}"
+                f"store={str(store)!r} has {group}/{name} with dimensions {dims}; expected {variable.dims}"
             )
 
 

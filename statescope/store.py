@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec
-from zarr.storage import LocalStore, MemoryStore
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
 from statescope.schema import COORDINATES, SCHEMA_VERSION, Variable, group_variables
 
-StoreLike = str | Path | MemoryStore | LocalStore
+StoreLike = str | Path | Store
 
 SHARD_BYTES = 64 * 2**20
 """Upper bound of one variable's shard, uncompressed."""
@@ -98,7 +100,7 @@ class Layout:
         return tuple(chunk[d] for d in variable.dims), tuple(shard[d] for d in variable.dims)
 
 
-def shard_tokens(bytes_per_token: int, segment: int, limit: int = SHARD_TOKENS) -> int:
+def shard_tokens(bytes_per_token: int, segment: int) -> int:
     """Tokens between two commits: whole segments, within the bounds on a shard.
 
     Parameters
@@ -107,10 +109,8 @@ def shard_tokens(bytes_per_token: int, segment: int, limit: int = SHARD_TOKENS) 
         Of one variable of ``/steps``, all sequences, layers and heads.
     segment : int
         Tokens of one forward pass.
-    limit : int
-        Upper bound in tokens.
     """
-    return segment * max(1, min(limit, SHARD_BYTES // bytes_per_token) // segment)
+    return segment * max(1, min(SHARD_TOKENS, SHARD_BYTES // bytes_per_token) // segment)
 
 
 def _divisor(number: int, at_most: int) -> int:
@@ -139,7 +139,7 @@ class RecordWriter:
         """
         if not isinstance(store, str | Path):
             return cls(store, cls._lay_out(store, layout, attributes, token_id, overwrite=True), layout)
-        place = Path(store)
+        place = Path(store).resolve()
         draft = place.with_name(f".{place.name}.draft")
         with _named_errors(store):
             shutil.rmtree(draft, ignore_errors=True)
@@ -223,6 +223,11 @@ class RecordWriter:
             else:
                 self._forget_carry_but(keep)
 
+    def discard_if_empty(self) -> None:
+        """Remove a record in which nothing is committed yet: there is nothing to go on from."""
+        if isinstance(self._store, str | Path) and self.committed == 0:
+            shutil.rmtree(self._store, ignore_errors=True)
+
     def read_carry(self) -> bytes | None:
         """Return what was kept at the last commit; None if nothing is committed yet."""
         if self.committed == 0:
@@ -241,6 +246,12 @@ class RecordWriter:
             assert isinstance(array, zarr.Array)
             self._arrays[name] = array
         return self._arrays[name]
+
+
+def _is_empty(store: Path | Store) -> bool:
+    if isinstance(store, Path):
+        return not store.exists() or not any(store.iterdir())
+    return sync(store.is_empty(""))
 
 
 def _lay_out_group(root: zarr.Group, group: str, layout: Layout) -> None:
@@ -294,7 +305,18 @@ def _named_errors(store: StoreLike, committed: int | None = None) -> Iterator[No
         ) from error
 
 
-def claim(store: StoreLike, fingerprint: str, overwrite: bool) -> zarr.Group | None:
+def as_place(store: Any) -> Path | Store:
+    """Turn what a user names as ``store`` into a folder, or a zarr store that is none."""
+    if isinstance(store, Store):
+        return store.root if isinstance(store, LocalStore) else store
+    if not isinstance(store, str | Path):
+        raise TypeError(f"store is a {type(store).__name__}; expected a folder or a zarr store")
+    if not str(store) or "://" in str(store):
+        raise ValueError(f"store={store!r} names no folder; name one, or pass an open zarr store")
+    return Path(store)
+
+
+def claim(store: Path | Store, fingerprint: str, overwrite: bool) -> zarr.Group | None:
     """Decide what to do with a place before anything is run.
 
     Returns
@@ -307,14 +329,14 @@ def claim(store: StoreLike, fingerprint: str, overwrite: bool) -> zarr.Group | N
     FileExistsError
         If something is there that must not be lost; says what it is and what to do.
     """
-    if isinstance(store, str | Path) and Path(store).is_file():
+    if isinstance(store, Path) and store.is_file():
         raise FileExistsError(f"store={str(store)!r} is a file; name a folder that does not exist yet")
     try:
         root = zarr.open_group(store, mode="r+", zarr_format=3)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # nothing, or something else than a group
         root = None
     if root is None:
-        if isinstance(store, str | Path) and Path(store).exists() and any(Path(store).iterdir()):
+        if not _is_empty(store):
             raise FileExistsError(f"store={str(store)!r} holds files that are no record; name another place")
         return None
     attributes = dict(root.attrs)

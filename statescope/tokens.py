@@ -54,6 +54,8 @@ def to_token_ids(text: Any, tokenizer: Any, model: nn.Module) -> Tensor:
             raise ValueError("text is empty; expected at least one token")
         text = find_tokenizer(tokenizer, model)(text)["input_ids"]
     ids = _as_array(text)
+    if ids.ndim == 0:
+        raise TypeError(f"text is a {type(text).__name__}; expected a string or a sequence of token ids")
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2:
@@ -118,6 +120,8 @@ _NONE_FOUND = (
 
 def _as_array(text: Any) -> NDArray[Any]:
     if isinstance(text, Tensor):
+        if text.is_floating_point():  # bfloat16 has no numpy counterpart
+            raise TypeError(f"text has dtype {text.dtype}; expected integer token ids")
         return text.detach().cpu().numpy()
     if isinstance(text, np.ndarray):
         return text

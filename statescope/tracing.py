@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 from zarr.storage import MemoryStore
 
 from statescope import record
+from statescope.capture import mixers
 from statescope.carry import Carry
-from statescope.models import as_dtype, load
+from statescope.models import as_device, as_dtype, load
 from statescope.reader import Anatomy, Block, Edit, Reader, survey
 from statescope.scan import BACKENDS
 from statescope.schema import SCHEMA_VERSION, group_variables
-from statescope.store import Layout, RecordWriter, StoreLike, claim, shard_tokens
+from statescope.store import Layout, RecordWriter, StoreLike, as_place, claim, shard_tokens
 from statescope.tokens import to_token_ids
 from statescope.watch import Probes, Watch
 
@@ -117,6 +118,7 @@ def trace(
     """
     _check_numbers(segment=segment, train_length=train_length)
     model, model_id = _resolve_model(model, device, dtype)
+    mixers(model)  # a model without any is refused before its text is looked at
     ids = to_token_ids(text, tokenizer, model)
     anatomy = survey(model, ids.to(next(model.parameters()).device), _kernel_choice(backend, edit))
     watch = Watch.resolve(
@@ -132,13 +134,17 @@ def trace(
     own_outputs = backend == "model" or (backend == "auto" and edit is None)
     length = -(-min(segment or SEGMENT, ids.shape[1]) // window) * window
     plan = _Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
-    place = MemoryStore() if store is None else store
+    place = MemoryStore() if store is None else as_place(store)
     root = claim(place, plan.fingerprint(), overwrite)
     if root is None:
         writer = RecordWriter.create(place, plan.layout, plan.attributes(), ids.numpy())
     else:
         writer = RecordWriter(place, root, plan.layout)
-    _run(plan, writer, progress)
+    try:
+        _run(plan, writer, progress)
+    except BaseException:
+        writer.discard_if_empty()
+        raise
     _warn_of_nonfinite(writer.attributes)
     return record.open(place)
 
@@ -229,7 +235,8 @@ def _run(plan: _Plan, writer: RecordWriter, progress: bool | None) -> None:
         bar.update(carry.position * len(plan.ids))
         if ahead:
             carry = _read_ahead(plan, reader, ahead, bar)
-        pending = _Pending(plan, carry.position)
+        first = writer.attributes["first_nonfinite"]
+        pending = _Pending(plan, carry.position, {"first_nonfinite": first} if first else None)
         while carry.position < tokens:
             start, stop = carry.position, min(carry.position + plan.segment, tokens)
             pending.add(reader.read(carry, stop))
@@ -315,14 +322,14 @@ def _to_numpy(x: Tensor) -> NDArray[np.float32]:
 def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]:
     if isinstance(model, str | Path):
         return load(model, device=device, dtype=dtype), str(model)
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(
             f"model is a {type(model).__name__}; expected a transformers model, a name or a folder"
         )
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first")
     first = next(model.parameters())
-    if device is not None and torch.device(device).type != first.device.type:
+    if device is not None and as_device(device).type != first.device.type:
         raise ValueError(
             f"device={device!r}, but the model is on {first.device}; move the model, or pass its name"
         )

@@ -65,8 +65,8 @@ class Watch:
         if not isinstance(probes, Probes):
             probes = Probes(_integers("probes", probes))
         reach = tokens if probes.reach is None else probes.reach
-        if reach < 1:
-            raise ValueError(f"probes has reach={reach}; expected at least 1 token, or None for every token")
+        if not isinstance(reach, int) or reach < 1:
+            raise ValueError(f"probes has reach={reach!r}; expected 1 token or more, or None for all")
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
             raise ValueError(f"window={window!r}; expected a number of tokens, 1 or more")
         return cls(

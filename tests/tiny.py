@@ -1,0 +1,158 @@
+"""Tiny random models of every supported family, and what compares records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import nn
+
+VOCABULARY = 64
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mamba2": {
+        "num_hidden_layers": 3,
+        "num_heads": 4,
+        "head_dim": 16,
+        "n_groups": 2,
+        "state_size": 8,
+        "expand": 2,
+        "chunk_size": 16,
+    },
+    "bamba": {
+        **_ATTENTION,
+        **_MAMBA,
+        "num_hidden_layers": 4,
+        "attn_layer_indices": [1],
+        "intermediate_size": 48,
+    },
+    "granitemoehybrid": {
+        **_ATTENTION,
+        **_MAMBA,
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "attention", "mamba", "mamba"],
+        "intermediate_size": 48,
+        "shared_intermediate_size": 32,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+    "nemotron_h": {
+        **_ATTENTION,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+    },
+    "falcon_h1": {
+        **_ATTENTION,
+        **_MAMBA,
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "mamba_d_ssm": 64,
+        "intermediate_size": 48,
+    },
+    "zamba2": {
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "attention_head_dim": 16,
+        "max_position_embeddings": 512,
+        "intermediate_size": 48,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"],
+        "mamba_d_state": 8,
+        "mamba_expand": 2,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "chunk_size": 16,
+        "num_mem_blocks": 1,
+        "use_shared_attention_adapter": False,
+    },
+}
+"""Settings by model type; every hybrid has an attention layer."""
+
+RECURRENT_LAYERS = {
+    "mamba2": [0, 1, 2],
+    "bamba": [0, 2, 3],
+    "granitemoehybrid": [0, 2, 3],
+    "nemotron_h": [0, 2],
+    "falcon_h1": [0, 1, 2],
+    "zamba2": [0, 1, 2, 3, 4],
+}
+"""Depths at which a state sits."""
+
+FAMILIES = tuple(CONFIGS)
+
+
+def config(family: str, **changes: Any) -> Any:
+    """Configure a tiny model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **changes})
+
+
+def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """Build a tiny model with random weights and states that matter."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config(family, **changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "norm" not in name:
+                parameter.mul_(3)
+    return model
+
+
+def ids(tokens: int, sequences: int = 1, seed: int = 0) -> torch.Tensor:
+    """Draw token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (sequences, tokens), generator=generator)
+
+
+def assert_identical(a: xr.DataTree, b: xr.DataTree, ignore: tuple[str, ...] = ("created_at",)) -> None:
+    """Demand that two records agree in every value, bit for bit, and in every attribute but some."""
+    assert sorted(a.children) == sorted(b.children)
+    for name in a.children:
+        xr.testing.assert_identical(a[name].to_dataset().load(), b[name].to_dataset().load())
+    rest = [{k: v for k, v in tree.attrs.items() if k not in ignore} for tree in (a, b)]
+    assert rest[0] == rest[1]
+
+
+def assert_close(a: xr.DataTree, b: xr.DataTree, rtol: float = 1e-5) -> None:
+    """Demand that two records agree; the error counts against each head's largest value."""
+    assert sorted(a.children) == sorted(b.children)
+    for group in a.children:
+        one, other = a[group].to_dataset(), b[group].to_dataset()
+        assert set(one.variables) == set(other.variables)
+        for name in one.data_vars:
+            x, y = one[name], other[name]
+            assert x.dims == y.dims and x.shape == y.shape
+            xr.testing.assert_equal(x.isnull(), y.isnull())
+            over = [d for d in x.dims if d in ("token", "key", "value")]
+            scale = abs(x).max(over)
+            error = float((abs(x - y) / scale.where(scale > 0, 1)).max())
+            assert error <= rtol, f"{group}/{name} differs by {error:.2g} of its scale"
