@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +66,8 @@ class Carry:
         config: Any = model.config
         return cls(cache=DynamicCache(config=config))
 
-    def to_bytes(self) -> bytes:
-        """Write as safetensors; exact, and free of code."""
+    def freeze(self) -> Callable[[], bytes]:
+        """Copy what is there now; calling the result writes it as safetensors, exact and free of code."""
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {"position": self.position}
         for i, layer in enumerate(self.cache.layers):
@@ -87,10 +88,14 @@ class Carry:
         tensors |= {f"log_decay/{layer}": t for layer, t in self.log_decay.items()}
         for name in ("probe_states", "probe_decays"):
             tensors |= {f"{name}/{layer}/{p}": t for (layer, p), t in getattr(self, name).items()}
-        tensors = {
+        frozen = {
             name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
         }
-        return save_safetensors(tensors, metadata={"plain": json.dumps(plain)})
+        return lambda: save_safetensors(frozen, metadata={"plain": json.dumps(plain)})
+
+    def to_bytes(self) -> bytes:
+        """Write what is there now; see :meth:`freeze`."""
+        return self.freeze()()
 
     @classmethod
     def from_bytes(cls, data: bytes, model: nn.Module, device: torch.device) -> Carry:

@@ -13,10 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from zarr.storage import MemoryStore
@@ -25,9 +23,10 @@ from statescope import record
 from statescope.capture import mixers
 from statescope.carry import Carry
 from statescope.models import as_device, as_dtype, load
-from statescope.reader import Anatomy, Block, Edit, Reader, survey
+from statescope.reader import Anatomy, Edit, Reader, survey
+from statescope.recorder import Recorder
 from statescope.scan import BACKENDS
-from statescope.schema import SCHEMA_VERSION, group_variables
+from statescope.schema import SCHEMA_VERSION
 from statescope.store import Layout, RecordWriter, StoreLike, as_place, claim, shard_tokens
 from statescope.tokens import to_token_ids
 from statescope.watch import Probes, Watch
@@ -235,16 +234,15 @@ def _run(plan: _Plan, writer: RecordWriter, progress: bool | None) -> None:
         bar.update(carry.position * len(plan.ids))
         if ahead:
             carry = _read_ahead(plan, reader, ahead, bar)
-        first = writer.attributes["first_nonfinite"]
-        pending = _Pending(plan, carry.position, {"first_nonfinite": first} if first else None)
-        while carry.position < tokens:
-            start, stop = carry.position, min(carry.position + plan.segment, tokens)
-            pending.add(reader.read(carry, stop))
-            if stop % plan.layout.shard == 0 or stop == tokens:
-                pending.write(writer, stop)
-                writer.commit(stop, None if stop == tokens else carry.to_bytes(), **pending.news)
-                pending = _Pending(plan, stop, pending.news)
-            bar.update((stop - start) * len(plan.ids))
+        with Recorder(writer, plan.watch, carry.position) as recorder:
+            while carry.position < tokens:
+                start, stop = carry.position, min(carry.position + plan.segment, tokens)
+                recorder.add(reader.read(carry, stop))
+                if stop == tokens:
+                    recorder.commit(stop, None)
+                elif stop % plan.layout.shard == 0:
+                    recorder.commit(stop, carry.freeze())
+                bar.update((stop - start) * len(plan.ids))
 
 
 def _tokens_to_read_ahead(plan: _Plan) -> int:
@@ -262,61 +260,6 @@ def _read_ahead(plan: _Plan, reader: Reader, tokens: int, bar: Any) -> Carry:
     carry = Carry.fresh(plan.model)
     carry.probe_states, carry.probe_decays = ahead.probe_states, ahead.probe_decays
     return carry
-
-
-class _Pending:
-    """Blocks that wait for a whole shard."""
-
-    def __init__(self, plan: _Plan, start: int, news: Mapping[str, Any] | None = None) -> None:
-        self.plan, self.start = plan, start
-        self.blocks: list[dict[str, Any]] = []
-        self.news: dict[str, Any] = dict(news or {})
-
-    def add(self, block: Block) -> None:
-        if block.first_nonfinite and not self.news:
-            self.news["first_nonfinite"] = block.first_nonfinite
-        self.blocks.append(
-            {
-                "steps": {name: _to_numpy(x) for name, x in block.steps.items()},
-                "loss": _to_numpy(block.loss),
-                "states": {p: _to_numpy(x) for p, x in block.states.items()},
-                "contribution": {p: (at, _to_numpy(x)) for p, (at, x) in block.contribution.items()},
-                "share": {p: (at, _to_numpy(x)) for p, (at, x) in block.share.items()},
-                "share_before": {p: _to_numpy(x) for p, x in block.share_before.items()},
-            }
-        )
-
-    def write(self, writer: RecordWriter, stop: int) -> None:
-        window, watch = self.plan.watch.window, self.plan.watch
-        entries = slice(self.start // window, -(-stop // window))
-        for name in group_variables("steps", window):
-            values = np.concatenate([b["steps"][name] for b in self.blocks], axis=2)
-            writer.write(f"steps/{name}", values, token=entries)
-        loss = np.concatenate([b["loss"] for b in self.blocks], axis=1)
-        writer.write("tokens/loss", loss, token=slice(self.start, stop))
-        states = {p: x for b in self.blocks for p, x in b["states"].items()}
-        if states:
-            first = watch.snapshots.index(min(states))
-            stacked = np.stack([states[p] for p in sorted(states)], axis=2)
-            writer.write("snapshots/state", stacked, position=slice(first, first + len(states)))
-        for i, p in enumerate(watch.probes):
-            self._write_probe(writer, i, p)
-
-    def _write_probe(self, writer: RecordWriter, index: int, p: int) -> None:
-        probe = slice(index, index + 1)
-        for name in ("contribution", "share"):
-            parts = [b[name][p] for b in self.blocks if p in b[name]]
-            if parts:
-                values = np.concatenate([x for _, x in parts], axis=2)[:, :, None]
-                token = slice(parts[0][0], parts[0][0] + values.shape[3])
-                writer.write(f"probes/{name}", values, probe=probe, token=token)
-        for block in self.blocks:
-            if p in block["share_before"]:
-                writer.write("probes/share_before", block["share_before"][p][:, :, None], probe=probe)
-
-
-def _to_numpy(x: Tensor) -> NDArray[np.float32]:
-    return x.to(torch.float32).cpu().numpy()
 
 
 def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]:
