@@ -1,0 +1,272 @@
+r"""The recurrence in fused matrix products (Triton), for one decay per head.
+
+The algebra is that of :mod:`statescope.kernels.chunked`. What differs is where things live: a program
+walks a *span* of chunks with the state in registers, so only the states between spans pass through
+memory, and one pass reads the past with the query and with the key. Launches:
+
+1. ``prepare``: sums of the log decay inside each chunk, laid out by head.
+2. ``write_spans``: what each span writes, and the square and sum of every value.
+3. ``pass_states``: the state that enters each span, float32.
+4. ``read_spans``: ``y``, and the overlap of each write with the decayed state.
+5. ``step_spoiled``: returns at once, unless a NaN or an infinity entered a span (see Notes of :func:`scan`).
+6. ``measure_steps``: norms and means by scalar recurrences that restart from the state of each chunk.
+
+With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, each token moves ``6 h v`` bytes of values and
+outputs, about ``50 h`` bytes of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))`` operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statescope.recurrence import Recurrence
+
+from .interface import ScanOutput, Steps
+
+PROGRAMS = 4096
+"""Spans times heads aimed at: enough to fill a large device a dozen times, few enough that their states are small."""
+
+WIDEST = 256
+"""Largest number of keys or values whose tiles fit."""
+
+
+def supports(recurrence: Recurrence) -> str | None:
+    """Return None if the kernel serves this recurrence, else the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if recurrence.per_key_decay:
+        return "the decay is per key"
+    if recurrence.erases:
+        return "the recurrence has an erase term"
+    if not (recurrence.v.is_cuda or _interpreted()):
+        return f"the tensors are on {recurrence.v.device}, not on a GPU"
+    for name, tensor in recurrence.tensors().items():
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"{name} is {tensor.dtype}; bfloat16, float16 and float32 are served"
+    for name, size in (("key", recurrence.key), ("value", recurrence.value)):
+        if not 1 <= size <= WIDEST:
+            return f"{name} has size {size}; 1 to {WIDEST} are served"
+    if recurrence.time == 0 or recurrence.batch == 0:
+        return "there is no token"
+    return None
+
+
+def scan(
+    recurrence: Recurrence,
+    *,
+    outputs: bool = True,
+    measure: bool = True,
+    positions: Sequence[int] = (),
+) -> ScanOutput:
+    """Run the recurrence on the GPU: products in the inputs' precision, sums and state in float32.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        What to run; :func:`supports` must return None for it.
+    outputs, measure : bool
+        Whether to compute ``y``, in the dtype of ``v``, and ``steps``, in float32. Measuring alone skips
+        every product with the query.
+    positions : sequence of int
+        Tokens after which the state is kept.
+
+    Notes
+    -----
+    Nothing waits for the device. A NaN or an infinity reaches no earlier token: the measurements mask the
+    future after the product, and ``y`` is computed again token by token for the spans, and only those,
+    in which an entry of the state stopped being finite. Results do not depend on the order in which
+    programs run. ``steps.log_decay`` shares memory with a float32 ``log_decay``.
+    """
+    reason = supports(recurrence)
+    if reason is not None:
+        raise ValueError(f"the fused kernel does not serve this recurrence: {reason}")
+    with torch.cuda.device(recurrence.v.device) if recurrence.v.is_cuda else contextlib.nullcontext():
+        return _Scan(recurrence, _tiling(recurrence)).run(outputs, measure, positions)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a shape is cut up: sizes of tiles, and warps and pipeline stages of the two walking kernels."""
+
+    chunk: int
+    keys: int
+    values: int
+    write_warps: int = 4
+    write_stages: int = 3
+    read_warps: int = 4
+    read_stages: int = 2
+
+
+def _tiling(r: Recurrence) -> Tiling:
+    keys, values = (max(16, 1 << (size - 1).bit_length()) for size in (r.key, r.value))
+    if not _half(r):  # three products for each, of operands twice as wide
+        return Tiling(32, keys, min(values, 32 if keys <= 128 else 16), 4, 1, 4, 1)
+    return Tiling(64, keys, min(values, 64 if keys <= 128 else 32))
+
+
+def _half(r: Recurrence) -> bool:
+    """Whether the products take bfloat16 operands; float16 has too small a range to hold the state."""
+    return all(x.dtype == torch.bfloat16 for x in (r.q, r.k, r.v))
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _rows_in_place(x: Tensor | None) -> Tensor | None:
+    """Copy only where a row is not contiguous or the offsets inside a chunk would need 64 bits."""
+    if x is None or (x.stride(-1) == 1 and x.stride(1) < 2**23):
+        return x
+    return x.contiguous()
+
+
+class _Scan:
+    """One scan: the launches and the buffers between them."""
+
+    def __init__(self, r: Recurrence, tiling: Tiling) -> None:
+        from . import fused_kernels
+
+        self.kernels: Any = fused_kernels
+        self.r, self.tiling = r, tiling
+        self.q, self.k, self.v = (_rows_in_place(x) for x in (r.q, r.k, r.v))
+        self.chunks = -(-r.time // tiling.chunk)
+        self.blocks = -(-r.value // tiling.values)
+        rows = r.batch * r.heads
+        self.length = max(1, -(-self.chunks * rows * self.blocks // PROGRAMS))  # chunks in a span
+        self.spans = -(-self.chunks // self.length)
+        padded = self.chunks * tiling.chunk
+        self.run_sum, self.weight = self._empty(rows, padded), self._empty(rows, padded)
+        self.sizes = {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "VALUE": r.value}
+        self.tiles = {"L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values}
+        # The interpreter truncates bfloat16 and cannot multiply it: it is shown float32.
+        self.arithmetic = {
+            "BF16": _half(r) and not _interpreted(),
+            "PRECISION": "tf32x3" if torch.version.cuda else "ieee",
+        }
+
+    def run(self, outputs: bool, measure: bool, positions: Sequence[int]) -> ScanOutput:
+        r = self.r
+        keys = self._empty(2, r.batch, r.time, r.groups) if measure else None
+        values = self._empty(2, self.blocks, r.batch, r.time, r.heads) if measure else None
+        self._prepare(keys)
+        starts = torch.arange(self.spans, device=r.v.device) * self.length
+        stops = ((starts + self.length) * self.tiling.chunk).clamp(max=r.time)
+        states, total = self._write_spans(torch.stack([starts, stops], 1), values)
+        final, spoiled = self._pass_states(states, total)
+        y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
+        cross = self._empty(self.blocks, r.batch, r.time, r.heads) if measure else None
+        restarts = self._empty(2, self.blocks, r.batch, self.chunks, r.heads) if measure else None
+        if outputs or measure:
+            self._read_spans(states, y, cross, restarts)
+        if y is not None:
+            self._step_spoiled(states, spoiled, y)
+        steps = None
+        if keys is not None and values is not None and cross is not None and restarts is not None:
+            steps = self._measure_steps(keys, values, cross, restarts)
+        return ScanOutput(y=y, steps=steps, states=self._states_after(positions, states), final_state=final)
+
+    def _prepare(self, keys: Tensor | None) -> None:
+        r = self.r
+        self.kernels.prepare[(self.chunks, r.batch)](
+            *self._decays(), self.k, *self.k.stride()[:3], self.run_sum, self.weight, *self._pair(keys),
+            r.time, self.chunks * self.tiling.chunk, r.heads, r.groups, r.key,
+            self.tiling.chunk, min(32, max(2, 1 << (r.heads - 1).bit_length())), self.tiling.keys,
+            r.write_scale is not None, keys is not None,
+        )  # fmt: skip
+
+    def _write_spans(self, spans: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What each (first chunk, end token) writes, (batch, head, span, key, value), and its log decay."""
+        r, t = self.r, self.tiling
+        written = self._empty(r.batch, r.heads, len(spans), r.key, r.value)
+        total = self._empty(r.batch, r.heads, len(spans))
+        self.kernels.write_spans[(r.heads * self.blocks, len(spans), r.batch)](
+            self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3], self.run_sum, self.weight, spans,
+            written, total, *self._pair(values),
+            r.time, self.chunks * t.chunk, len(spans), r.batch,
+            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.write_stages, MEASURE=values is not None,
+            num_warps=t.write_warps,
+        )  # fmt: skip
+        return written, total
+
+    def _pass_states(self, states: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.r
+        size, block = r.key * r.value, 1024
+        tiles = -(-size // block)
+        final = self._empty(r.batch, r.heads, r.key, r.value)
+        spoiled = torch.empty((r.batch, r.heads, tiles, self.spans), dtype=torch.int32, device=r.v.device)
+        initial = None if r.initial_state is None else r.initial_state.contiguous()
+        self.kernels.pass_states[(tiles, r.batch * r.heads)](
+            states, total, final if initial is None else initial, final, spoiled, self.spans,
+            SIZE=size, BLOCK=block, STAGES=3, HAS_INITIAL=initial is not None, num_warps=4,
+        )  # fmt: skip
+        return final, spoiled
+
+    def _read_spans(self, states: Tensor, y: Tensor | None, cross: Tensor | None, restarts: Tensor | None) -> None:
+        r, t = self.r, self.tiling
+        unused = states
+        self.kernels.read_spans[(r.heads * self.blocks, self.spans, r.batch)](
+            self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3],
+            self.run_sum, self.weight, states, unused if r.skip is None else r.skip,
+            unused if y is None else y, unused if cross is None else cross, *self._pair(restarts),
+            r.time, self.chunks * t.chunk, self.chunks, self.length, self.spans, r.batch,
+            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.read_stages,
+            OUTPUTS=y is not None, MEASURE=cross is not None, HAS_SKIP=r.skip is not None,
+            num_warps=t.read_warps,
+        )  # fmt: skip
+
+    def _step_spoiled(self, states: Tensor, spoiled: Tensor, y: Tensor) -> None:
+        r, t = self.r, self.tiling
+        tiles = spoiled.shape[2]
+        values = min(t.values, 32)
+        self.kernels.step_spoiled[(r.heads * -(-r.value // values), self.spans, r.batch)](
+            self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3],
+            *self._decays(), states, spoiled, states if r.skip is None else r.skip, y,
+            r.time, self.length * t.chunk, self.spans, tiles,
+            **self.sizes, BK=t.keys, BV=values, BT=1 << (tiles - 1).bit_length(),
+            HAS_SCALE=r.write_scale is not None, HAS_SKIP=r.skip is not None, num_warps=4,
+        )  # fmt: skip
+
+    def _measure_steps(self, keys: Tensor, values: Tensor, cross: Tensor, restarts: Tensor) -> Steps:
+        r = self.r
+        norm = self._empty(r.batch, r.time, r.heads)
+        # The results take the place of what they are made from, unless that has several blocks.
+        parts = (values[0], values[1], cross)
+        write, mean, overlap = (p[0] if self.blocks == 1 else torch.empty_like(norm) for p in parts)
+        block = min(32, max(2, 1 << (r.heads - 1).bit_length()))
+        self.kernels.measure_steps[(self.chunks, -(-r.heads // block), r.batch)](
+            *self._decays(), *self._pair(keys), *self._pair(values), cross, *self._pair(restarts),
+            write, norm, mean, overlap,
+            r.time, self.chunks, r.batch, r.heads, r.groups, r.key * r.value, self.blocks,
+            self.tiling.chunk, block, r.write_scale is not None, num_warps=1,
+        )  # fmt: skip
+        return Steps(r.log_decay.to(torch.float32), write, norm, mean, overlap)
+
+    def _states_after(self, positions: Sequence[int], states: Tensor) -> Tensor:
+        """The states after some tokens: each from the span that holds it, cut short there."""
+        r = self.r
+        if not positions:
+            return self._empty(r.batch, 0, r.heads, r.key, r.value)
+        tokens = torch.tensor(positions, device=r.v.device)
+        spans = tokens.div(self.length * self.tiling.chunk, rounding_mode="floor")
+        written, total = self._write_spans(torch.stack([spans * self.length, tokens + 1], 1), None)
+        entering = states.index_select(2, spans)
+        return torch.addcmul(written, entering, total.exp2()[..., None, None]).transpose(1, 2).contiguous()
+
+    def _decays(self) -> tuple[Any, ...]:
+        r = self.r
+        scale = r.log_decay if r.write_scale is None else r.write_scale
+        return r.log_decay, *r.log_decay.stride(), scale, *scale.stride()
+
+    def _pair(self, pair: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (self.run_sum, self.run_sum) if pair is None else (pair[0], pair[1])
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.r.v.device)
