@@ -142,8 +142,8 @@ class _Scan:
         rows = r.batch * r.heads
         self.length = max(1, -(-self.chunks * rows * self.blocks // PROGRAMS))  # chunks in a span
         self.spans = -(-self.chunks // self.length)
-        padded = self.chunks * tiling.chunk
-        self.run_sum, self.weight = self._empty(rows, padded), self._empty(rows, padded)
+        self.padded = self.chunks * tiling.chunk
+        self.run_sum, self.weight = self.empty(rows, self.padded), self.empty(rows, self.padded)
         self.sizes = {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "VALUE": r.value}
         self.tiles = {"L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values}
         # The interpreter truncates bfloat16 and cannot multiply it: it is shown float32.
@@ -154,71 +154,72 @@ class _Scan:
 
     def run(self, outputs: bool, measure: bool, positions: Sequence[int]) -> ScanOutput:
         r = self.r
-        keys = self._empty(2, r.batch, r.time, r.groups) if measure else None
-        values = self._empty(2, self.blocks, r.batch, r.time, r.heads) if measure else None
-        self._prepare(keys)
+        parts = _Parts.allocate(self) if measure else None
+        self._prepare(parts)
         starts = torch.arange(self.spans, device=r.v.device) * self.length
         stops = ((starts + self.length) * self.tiling.chunk).clamp(max=r.time)
-        states, total = self._write_spans(torch.stack([starts, stops], 1), values)
-        final, spoiled = self._pass_states(states, total)
+        states, decay = self._write_spans(torch.stack([starts, stops], 1), parts)
+        final, spoiled, sums = self._pass_states(states, decay)
         y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
-        cross = self._empty(self.blocks, r.batch, r.time, r.heads) if measure else None
-        restarts = self._empty(2, self.blocks, r.batch, self.chunks, r.heads) if measure else None
         if outputs or measure:
-            self._read_spans(states, y, cross, restarts)
+            self._read_spans(states, y, parts)
         if y is not None:
             self._step_spoiled(states, spoiled, y)
-        steps = None
-        if keys is not None and values is not None and cross is not None and restarts is not None:
-            steps = self._measure_steps(keys, values, cross, restarts)
-        return ScanOutput(y=y, steps=steps, states=self._states_after(positions, states), final_state=final)
+        return ScanOutput(
+            y=y,
+            steps=None if parts is None else self._measure_steps(parts, sums),
+            states=self._states_after(positions, states),
+            final_state=final,
+        )
 
-    def _prepare(self, keys: Tensor | None) -> None:
+    def _prepare(self, parts: _Parts | None) -> None:
         r = self.r
         self.kernels.prepare[(self.chunks, r.batch)](
-            *self._decays(), self.k, *self.k.stride()[:3], self.run_sum, self.weight, *self._pair(keys),
-            r.time, self.chunks * self.tiling.chunk, r.heads, r.groups, r.key,
+            *self._decays(), self.k, *self.k.stride()[:3], self.run_sum, self.weight,
+            *((self.weight, self.weight) if parts is None else (parts.key_square, parts.key_sum)),
+            r.time, self.padded, r.heads, r.groups, r.key,
             self.tiling.chunk, min(32, max(2, 1 << (r.heads - 1).bit_length())), self.tiling.keys,
-            r.write_scale is not None, keys is not None,
+            r.write_scale is not None, parts is not None,
         )  # fmt: skip
 
-    def _write_spans(self, spans: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _write_spans(self, spans: Tensor, parts: _Parts | None) -> tuple[Tensor, Tensor]:
         """What each (first chunk, end token) writes, (batch, head, span, key, value), and its log decay."""
-        r, t = self.r, self.tiling
-        written = self._empty(r.batch, r.heads, len(spans), r.key, r.value)
-        total = self._empty(r.batch, r.heads, len(spans))
+        r, t, unused = self.r, self.tiling, self.weight
+        written = self.empty(r.batch, r.heads, len(spans), r.key, r.value)
+        decay = self.empty(r.batch, r.heads, len(spans))
         self.kernels.write_spans[(r.heads * self.blocks, len(spans), r.batch)](
-            self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3], self.run_sum, self.weight, spans,
-            written, total, *self._pair(values),
-            r.time, self.chunks * t.chunk, len(spans), r.batch,
-            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.write_stages, MEASURE=values is not None,
+            self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3], self.run_sum, self.weight,
+            unused if parts is None else parts.key_sum, spans, written, decay,
+            *((unused,) * 4 if parts is None else parts.of_values()),
+            r.time, self.padded, self.chunks, len(spans), r.batch,
+            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.write_stages, MEASURE=parts is not None,
             num_warps=t.write_warps,
         )  # fmt: skip
-        return written, total
+        return written, decay
 
-    def _pass_states(self, states: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    def _pass_states(self, states: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r = self.r
         size, block = r.key * r.value, 1024
         tiles = -(-size // block)
-        final = self._empty(r.batch, r.heads, r.key, r.value)
+        final = self.empty(r.batch, r.heads, r.key, r.value)
         spoiled = torch.empty((r.batch, r.heads, tiles, self.spans), dtype=torch.int32, device=r.v.device)
+        sums = self.empty(2, r.batch, r.heads, tiles, self.spans)
         initial = None if r.initial_state is None else r.initial_state.contiguous()
         self.kernels.pass_states[(tiles, r.batch * r.heads)](
-            states, total, final if initial is None else initial, final, spoiled, self.spans,
+            states, decay, final if initial is None else initial, final, spoiled, sums[0], sums[1], self.spans,
             SIZE=size, BLOCK=block, STAGES=3, HAS_INITIAL=initial is not None, num_warps=4,
         )  # fmt: skip
-        return final, spoiled
+        return final, spoiled, sums
 
-    def _read_spans(self, states: Tensor, y: Tensor | None, cross: Tensor | None, restarts: Tensor | None) -> None:
-        r, t = self.r, self.tiling
-        unused = states
+    def _read_spans(self, states: Tensor, y: Tensor | None, parts: _Parts | None) -> None:
+        r, t, unused = self.r, self.tiling, self.weight
         self.kernels.read_spans[(r.heads * self.blocks, self.spans, r.batch)](
             self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3],
             self.run_sum, self.weight, states, unused if r.skip is None else r.skip,
-            unused if y is None else y, unused if cross is None else cross, *self._pair(restarts),
-            r.time, self.chunks * t.chunk, self.chunks, self.length, self.spans, r.batch,
+            unused if y is None else y, *((unused,) * 2 if parts is None else (parts.cross, parts.written)),
+            r.time, self.padded, self.chunks, self.length, self.spans, r.batch,
             **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.read_stages,
-            OUTPUTS=y is not None, MEASURE=cross is not None, HAS_SKIP=r.skip is not None,
+            OUTPUTS=y is not None, MEASURE=parts is not None, HAS_SKIP=r.skip is not None,
             num_warps=t.read_warps,
         )  # fmt: skip
 
@@ -228,23 +229,25 @@ class _Scan:
         values = min(t.values, 32)
         self.kernels.step_spoiled[(r.heads * -(-r.value // values), self.spans, r.batch)](
             self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3],
-            *self._decays(), states, spoiled, states if r.skip is None else r.skip, y,
+            *self._decays(), states, spoiled, self.weight if r.skip is None else r.skip, y,
             r.time, self.length * t.chunk, self.spans, tiles,
             **self.sizes, BK=t.keys, BV=values, BT=1 << (tiles - 1).bit_length(),
             HAS_SCALE=r.write_scale is not None, HAS_SKIP=r.skip is not None, num_warps=4,
         )  # fmt: skip
 
-    def _measure_steps(self, keys: Tensor, values: Tensor, cross: Tensor, restarts: Tensor) -> Steps:
+    def _measure_steps(self, parts: _Parts, sums: Tensor) -> Steps:
         r = self.r
-        norm = self._empty(r.batch, r.time, r.heads)
+        norm = self.empty(r.batch, r.time, r.heads)
         # The results take the place of what they are made from, unless that has several blocks.
-        parts = (values[0], values[1], cross)
-        write, mean, overlap = (p[0] if self.blocks == 1 else torch.empty_like(norm) for p in parts)
+        sources = (parts.value_square, parts.value_sum, parts.cross)
+        write, mean, overlap = (p[0] if self.blocks == 1 else torch.empty_like(norm) for p in sources)
         block = min(32, max(2, 1 << (r.heads - 1).bit_length()))
         self.kernels.measure_steps[(self.chunks, -(-r.heads // block), r.batch)](
-            *self._decays(), *self._pair(keys), *self._pair(values), cross, *self._pair(restarts),
+            *self._decays(), parts.key_square, parts.key_sum, *sources,
+            sums[0], sums[1], parts.written, parts.chunk_total, parts.chunk_decay,
             write, norm, mean, overlap,
-            r.time, self.chunks, r.batch, r.heads, r.groups, r.key * r.value, self.blocks,
+            r.time, self.padded, self.chunks, self.length, self.spans, r.batch,
+            r.heads, r.groups, r.key * r.value, self.blocks, sums.shape[3],
             self.tiling.chunk, block, r.write_scale is not None, num_warps=1,
         )  # fmt: skip
         return Steps(r.log_decay.to(torch.float32), write, norm, mean, overlap)
@@ -253,20 +256,44 @@ class _Scan:
         """The states after some tokens: each from the span that holds it, cut short there."""
         r = self.r
         if not positions:
-            return self._empty(r.batch, 0, r.heads, r.key, r.value)
+            return self.empty(r.batch, 0, r.heads, r.key, r.value)
         tokens = torch.tensor(positions, device=r.v.device)
         spans = tokens.div(self.length * self.tiling.chunk, rounding_mode="floor")
-        written, total = self._write_spans(torch.stack([spans * self.length, tokens + 1], 1), None)
+        written, decay = self._write_spans(torch.stack([spans * self.length, tokens + 1], 1), None)
         entering = states.index_select(2, spans)
-        return torch.addcmul(written, entering, total.exp2()[..., None, None]).transpose(1, 2).contiguous()
+        return torch.addcmul(written, entering, decay.exp2()[..., None, None]).transpose(1, 2).contiguous()
 
     def _decays(self) -> tuple[Any, ...]:
         r = self.r
         scale = r.log_decay if r.write_scale is None else r.write_scale
         return r.log_decay, *r.log_decay.stride(), scale, *scale.stride()
 
-    def _pair(self, pair: Tensor | None) -> tuple[Tensor, Tensor]:
-        return (self.run_sum, self.run_sum) if pair is None else (pair[0], pair[1])
-
-    def _empty(self, *shape: int) -> Tensor:
+    def empty(self, *shape: int) -> Tensor:
+        """Uninitialised float32 on the device of the scan."""
         return torch.empty(shape, dtype=torch.float32, device=self.r.v.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What the walks leave for the scalar recurrences; see the kernels for shapes."""
+
+    key_square: Tensor
+    key_sum: Tensor
+    value_square: Tensor
+    value_sum: Tensor
+    cross: Tensor
+    written: Tensor
+    chunk_total: Tensor
+    chunk_decay: Tensor
+
+    @classmethod
+    def allocate(cls, scan: _Scan) -> _Parts:
+        r = scan.r
+        keys = (r.batch, r.groups, scan.padded)
+        tokens = (scan.blocks, r.batch, r.time, r.heads)
+        chunks = (scan.blocks, r.batch, scan.chunks, r.heads)
+        return cls(*(scan.empty(*s) for s in (keys, keys, tokens, tokens, tokens, chunks, chunks, chunks[1:])))
+
+    def of_values(self) -> tuple[Tensor, ...]:
+        """What the first walk writes."""
+        return self.value_square, self.value_sum, self.chunk_total, self.chunk_decay

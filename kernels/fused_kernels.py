@@ -14,8 +14,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-SMALLEST_LOG = tl.constexpr(-104.0)
-"""exp of it is 0 in float32, so clamping there changes nothing and keeps -inf - (-inf) out."""
+SMALLEST_LOG = tl.constexpr(-150.0)
+"""exp2 of it is 0 in float32, so clamping there changes nothing and keeps -inf - (-inf) out."""
 
 
 @triton.jit
@@ -28,9 +28,10 @@ def _rows(base, stride, rows, columns, left, WIDTH: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _log_decay(pointer, mask):
-    g = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(g < SMALLEST_LOG, SMALLEST_LOG, g)  # not maximum(), which may drop a NaN
+def _bounded(log_decay):
+    """Clamp in base 2 what is 0 in any case; not by maximum(), which may drop a NaN."""
+    g = log_decay.to(tl.float32) * LOG2E
+    return tl.where(g < SMALLEST_LOG, SMALLEST_LOG, g)
 
 
 @triton.jit
@@ -54,11 +55,12 @@ def prepare(
     for h in range(0, HEADS, BH):
         heads = h + tl.arange(0, BH)
         mask = (rows < left)[:, None] & (heads < HEADS)[None, :]
-        g = _log_decay(log_decay + batch * g_b + first * g_t + rows[:, None] * g_t + heads[None, :] * g_h, mask)
-        total = tl.cumsum(g * LOG2E, 0)
+        at = rows[:, None] * g_t + heads[None, :] * g_h
+        g = tl.load(log_decay + batch * g_b + first * g_t + at, mask=mask, other=0.0)
+        total = tl.cumsum(_bounded(g), 0)
         if HAS_SCALE:
-            w = tl.load(scale + batch * w_b + first * w_t + rows[:, None] * w_t + heads[None, :] * w_h, mask, other=0.0)
-            w = w.to(tl.float32)
+            at = rows[:, None] * w_t + heads[None, :] * w_h
+            w = tl.load(scale + batch * w_b + first * w_t + at, mask=mask, other=0.0).to(tl.float32)
         else:
             w = tl.where(mask, 1.0, 0.0)
         at = (batch * HEADS + heads[None, :]) * PADDED + first + rows[:, None]
@@ -69,16 +71,16 @@ def prepare(
         for group in range(GROUPS):
             tile = _rows(k + batch * k_b + first * k_t + group * k_g, k_t, rows, columns, left, KEY, BK)
             tile = tile.to(tl.float32)
-            at = (batch * TIME + first + rows) * GROUPS + group
-            tl.store(key_square + at, tl.sum(tile * tile, 1), mask=rows < left)
-            tl.store(key_sum + at, tl.sum(tile, 1), mask=rows < left)
+            at = (batch * GROUPS + group) * PADDED + first + rows
+            tl.store(key_square + at, tl.sum(tile * tile, 1))
+            tl.store(key_sum + at, tl.sum(tile, 1))
 
 
 @triton.jit
 def write_spans(
-    k, k_b, k_t, k_g, v, v_b, v_t, v_h, run, weight, spans,
-    written, total, value_square, value_sum,
-    TIME, PADDED, SPANS, BATCH,
+    k, k_b, k_t, k_g, v, v_b, v_t, v_h, run, weight, key_sum, spans,
+    written, decay, value_square, value_sum, chunk_total, chunk_decay,
+    TIME, PADDED, CHUNKS, SPANS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
     BF16: tl.constexpr, PRECISION: tl.constexpr, MEASURE: tl.constexpr,
@@ -86,7 +88,10 @@ def write_spans(
     """What the tokens of a span leave behind, starting from nothing, and how much they forget.
 
     ``spans`` holds (first chunk, end token). ``written`` is (batch, head, span, key, value) and
-    ``total`` (batch, head, span) the sum of the log decay. Grid: (head * blocks of columns, span, batch).
+    ``decay`` (batch, head, span) the sum of the log decay. Both are also followed chunk by chunk:
+    ``chunk_total`` (block, batch, chunk, head) is the sum of the entries of what was written before the
+    chunk, ``chunk_decay`` (batch, chunk, head) the log decay up to it.
+    Grid: (head * blocks of columns, span, batch).
     """
     operand: tl.constexpr = tl.bfloat16 if BF16 else tl.float32
     blocks: tl.constexpr = (VALUE + BV - 1) // BV
@@ -104,9 +109,12 @@ def write_spans(
     v += batch * v_b + first * v_t + head * v_h
     run += (batch * HEADS + head) * PADDED + first
     weight += (batch * HEADS + head) * PADDED + first
+    key_sum += (batch * GROUPS + head // (HEADS // GROUPS)) * PADDED + first
     row = ((block * BATCH + batch) * TIME + first) * HEADS + head
+    boundary = (batch * CHUNKS + start) * HEADS + head
     state = tl.zeros((BK, BV), tl.float32)
     forgotten = 0.0
+    entries = 0.0
     length = (stop - first).to(tl.int32)
     for _ in tl.range(0, tl.cdiv(length, L), num_stages=STAGES):
         left = tl.minimum(length, L)
@@ -115,34 +123,46 @@ def write_spans(
         last = tl.load(run + left - 1)
         remaining = tl.exp2(last - tl.load(run + rows)) * tl.load(weight + rows)
         remaining = tl.where(rows < left, remaining, 0.0)
-        scaled = (vt * remaining[:, None]).to(operand)
-        state = state * tl.exp2(last) + tl.dot(tl.trans(kt.to(operand)), scaled, input_precision=PRECISION)
-        forgotten += last
         if MEASURE:
+            tl.store(chunk_total + block * BATCH * CHUNKS * HEADS + boundary, entries)
+            tl.store(chunk_decay + boundary, forgotten)
+            sums = tl.sum(vt, 1)
+            entries = entries * tl.exp2(last) + tl.sum(remaining * tl.load(key_sum + rows) * sums)
             tl.store(value_square + row + rows * HEADS, tl.sum(vt * vt, 1), mask=rows < left)
-            tl.store(value_sum + row + rows * HEADS, tl.sum(vt, 1), mask=rows < left)
+            tl.store(value_sum + row + rows * HEADS, sums, mask=rows < left)
+        # What is lost by rounding is written too: these states are kept, and energies restart from them.
+        scaled = vt * remaining[:, None]
+        high = scaled.to(operand)
+        kt = tl.trans(kt.to(operand))
+        state = state * tl.exp2(last) + tl.dot(kt, high, input_precision=PRECISION)
+        if BF16:
+            state += tl.dot(kt, (scaled - high.to(tl.float32)).to(operand))
+        forgotten += last
         k += L * k_t
         v += L * v_t
         run += L
         weight += L
+        key_sum += L
         row += L * HEADS
+        boundary += HEADS
         length -= L
     at = (batch * HEADS + head) * SPANS + span
     inside = (keys < KEY)[:, None] & (values < VALUE)[None, :]
     tl.store(written + at * (KEY * VALUE) + keys[:, None] * VALUE + values[None, :], state, mask=inside)
     if block == 0:
-        tl.store(total + at, forgotten)
+        tl.store(decay + at, forgotten)
 
 
 @triton.jit
 def pass_states(
-    states, total, initial, final, spoiled, SPANS,
+    states, decay, initial, final, spoiled, energy, total, SPANS,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """Turn what each span wrote into the state that enters it, in place, and keep the last one.
 
     ``states`` is (batch * head, span, key * value), ``initial`` and ``final`` (batch * head, key * value).
-    ``spoiled`` (batch * head, block, span) says in which span a finite entry stopped being finite.
+    ``spoiled`` (batch * head, block, span) says in which span a finite entry stopped being finite;
+    ``energy`` and ``total``, alike, are the sums of the squares and of the entries of the state.
     Grid: (blocks, batch * head).
     """
     block = tl.program_id(0)
@@ -154,14 +174,16 @@ def pass_states(
     else:
         state = tl.zeros((BLOCK,), tl.float32)
     at = states + row * SPANS * SIZE
-    total += row * SPANS
-    spoiled += (row * tl.num_programs(0) + block) * SPANS
+    decay += row * SPANS
+    part = (row * tl.num_programs(0) + block) * SPANS
     for span in tl.range(0, SPANS, num_stages=STAGES):
         wrote = tl.load(at + entries, mask=mask, other=0.0)
         tl.store(at + entries, state, mask=mask)
-        after = state * tl.exp2(tl.load(total + span)) + wrote
+        tl.store(energy + part + span, tl.sum(state * state))
+        tl.store(total + part + span, tl.sum(state))
+        after = state * tl.exp2(tl.load(decay + span)) + wrote
         bad = (tl.abs(state) < float("inf")) & ~(tl.abs(after) < float("inf"))
-        tl.store(spoiled + span, tl.max(bad.to(tl.int32), 0))
+        tl.store(spoiled + part + span, tl.max(bad.to(tl.int32), 0))
         state = after
         at += SIZE
     tl.store(final + row * SIZE + entries, state, mask=mask)
@@ -170,7 +192,7 @@ def pass_states(
 @triton.jit
 def read_spans(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, v, v_b, v_t, v_h, run, weight, states, skip,
-    y, cross, energy, total,
+    y, cross, written,
     TIME, PADDED, CHUNKS, LENGTH, SPANS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
@@ -187,8 +209,13 @@ def read_spans(
 
     The second sum is an elementwise product of two Gram matrices: products of the inputs as they are,
     weighted in float32, with the future masked after the product, so nothing later can leak in.
-    ``cross`` is (block, batch, time, head); ``energy`` and ``total``, the sums of squares and of entries
-    of the state that enters each chunk, are (block, batch, chunk, head). ``LENGTH`` is chunks in a span.
+    ``cross`` is (block, batch, time, head). ``written`` (block, batch, chunk, head) is what the span has
+    added to :math:`|S|^2`, decayed, before each chunk: with :math:`r_i = e^{G_L - G_i} w_i`,
+
+    .. math:: |S_{out}|^2 = e^{2 G_L} |S_{in}|^2 + \sum_i r_i^2 |k_i|^2 |v_i|^2
+        + 2 \sum_i e^{2 (G_L - G_i)} \langle D_i, U_i \rangle,
+
+    so that no rounded state enters an energy. ``LENGTH`` is chunks in a span.
     Grid: (head * blocks of columns, span, batch).
     """
     operand: tl.constexpr = tl.bfloat16 if BF16 else tl.float32
@@ -218,6 +245,7 @@ def read_spans(
     state = tl.load(states + keys[:, None] * VALUE + values[None, :], mask=inside, other=0.0)
     if HAS_SKIP:
         bypass = tl.load(skip + head).to(tl.float32)
+    gained = 0.0
     left = TIME - first
     for _ in tl.range(0, (stop - start).to(tl.int32), num_stages=STAGES):
         rows_left = tl.minimum(left, L).to(tl.int32)
@@ -227,30 +255,35 @@ def read_spans(
         w = tl.load(weight + rows)
         last = tl.load(run + L - 1)
         decay = tl.exp2(g)
+        remaining = tl.exp2(last - g)
+        scaled = (vt.to(tl.float32) * (remaining * w)[:, None]).to(operand)
         entering = state.to(operand)
+        state = state * tl.exp2(last) + tl.dot(tl.trans(kt), scaled, input_precision=PRECISION)
         past = tl.exp2(g[:, None] - g[None, :]) * w[None, :]
         if MEASURE:
             across = tl.sum(tl.dot(kt, entering, input_precision=PRECISION) * vt.to(tl.float32), 1)
-            gram = tl.dot(kt, tl.trans(kt), input_precision=PRECISION) * tl.dot(vt, tl.trans(vt), input_precision=PRECISION)
+            gram = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
+            gram *= tl.dot(vt, tl.trans(vt), input_precision=PRECISION)
             within = tl.sum(tl.where(rows[:, None] > rows[None, :], gram * past, 0.0), 1)
-            tl.store(cross + row + rows * HEADS, w * (decay * across + within), mask=rows < rows_left)
-            tl.store(energy + boundary, tl.sum(state * state))
-            tl.store(total + boundary, tl.sum(state))
+            itself = tl.sum(tl.where(rows[:, None] == rows[None, :], gram, 0.0), 1)
+            overlap = w * (decay * across + within)
+            tl.store(cross + row + rows * HEADS, overlap, mask=rows < rows_left)
+            tl.store(written + boundary, gained)
+            gained *= tl.exp2(2 * last)
+            gained += tl.sum(remaining * remaining * (2 * overlap + w * w * itself))
         if OUTPUTS:
             qt = _rows(q, q_t, rows, keys, rows_left, KEY, BK).to(operand)
             seen = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * past
-            seen = tl.where(rows[:, None] >= rows[None, :], seen, 0.0).to(operand)
-            out = tl.dot(qt, entering, input_precision=PRECISION) * decay[:, None]
-            out += tl.dot(seen, vt, input_precision=PRECISION)
+            seen = tl.where(rows[:, None] >= rows[None, :], seen, 0.0)
             if HAS_SKIP:
-                out += bypass * vt.to(tl.float32)
+                seen += tl.where(rows[:, None] == rows[None, :], bypass, 0.0)
+            out = tl.dot(qt, entering, input_precision=PRECISION) * decay[:, None]
+            out = tl.dot(seen.to(operand), vt, out, input_precision=PRECISION)
             at = rows[:, None] * (HEADS * VALUE) + values[None, :]
             there = (rows < rows_left)[:, None] & (values < VALUE)[None, :]
             tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
             q += L * q_t
             y += L * HEADS * VALUE
-        scaled = (vt.to(tl.float32) * (tl.exp2(last - g) * w)[:, None]).to(operand)
-        state = state * tl.exp2(last) + tl.dot(tl.trans(kt), scaled, input_precision=PRECISION)
         k += L * k_t
         v += L * v_t
         run += L
@@ -305,7 +338,7 @@ def step_spoiled(
             if HAS_SCALE:
                 write = kt * tl.load(scale).to(tl.float32)
                 scale += w_t
-            state = state * tl.exp2(_log_decay(log_decay, None) * LOG2E)
+            state = state * tl.exp2(_bounded(tl.load(log_decay)))
             state += tl.where(inside, write[:, None] * vt[None, :], 0.0)
             out = tl.sum(state * qt[:, None], 0)
             if HAS_SKIP:
@@ -321,10 +354,11 @@ def step_spoiled(
 @triton.jit
 def measure_steps(
     log_decay, g_b, g_t, g_h, scale, w_b, w_t, w_h,
-    key_square, key_sum, value_square, value_sum, cross, energy, total,
+    key_square, key_sum, value_square, value_sum, cross,
+    energy, total, written, chunk_total, chunk_decay,
     write_norm, state_norm, state_mean, write_overlap,
-    TIME, CHUNKS, BATCH,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+    TIME, PADDED, CHUNKS, LENGTH, SPANS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
     L: tl.constexpr, BH: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     r"""Run the scalar recurrences of a chunk, all heads side by side.
@@ -345,18 +379,26 @@ def measure_steps(
     groups = heads // (HEADS // GROUPS)
     squares = tl.zeros((BH,), tl.float32)
     entries = tl.zeros((BH,), tl.float32)
-    for block in tl.static_range(BLOCKS):
-        at = ((block * BATCH + batch) * CHUNKS + chunk) * HEADS + heads
+    for tile in range(TILES):
+        at = ((batch * HEADS + heads) * TILES + tile) * SPANS + chunk // LENGTH
         squares += tl.load(energy + at, mask=mask, other=0.0)
         entries += tl.load(total + at, mask=mask, other=0.0)
+    at = (batch * CHUNKS + chunk) * HEADS + heads
+    kept = tl.exp2(tl.load(chunk_decay + at, mask=mask, other=0.0))
+    squares *= kept * kept
+    entries *= kept
+    for block in tl.static_range(BLOCKS):
+        part = at + block * BATCH * CHUNKS * HEADS
+        squares += tl.load(written + part, mask=mask, other=0.0)
+        entries += tl.load(chunk_total + part, mask=mask, other=0.0)
+    squares = tl.where(squares < 0, 0.0, squares)
     first = chunk * L
     log_decay += batch * g_b + first * g_t
     if HAS_SCALE:
         scale += batch * w_b + first * w_t
     for i in range(tl.minimum(TIME - first, L).to(tl.int32)):
-        token = batch * TIME + first + i
-        at = token * HEADS + heads
-        decay = tl.exp2(_log_decay(log_decay + i * g_t + heads * g_h, mask) * LOG2E)
+        at = (batch * TIME + first + i) * HEADS + heads
+        decay = tl.exp2(_bounded(tl.load(log_decay + i * g_t + heads * g_h, mask=mask, other=0.0)))
         vv = tl.load(value_square + at, mask=mask, other=0.0)
         v1 = tl.load(value_sum + at, mask=mask, other=0.0)
         both = tl.load(cross + at, mask=mask, other=0.0)
@@ -365,8 +407,9 @@ def measure_steps(
             vv += tl.load(value_square + part, mask=mask, other=0.0)
             v1 += tl.load(value_sum + part, mask=mask, other=0.0)
             both += tl.load(cross + part, mask=mask, other=0.0)
-        write = tl.sqrt(vv * tl.load(key_square + token * GROUPS + groups, mask=mask, other=0.0))
-        added = v1 * tl.load(key_sum + token * GROUPS + groups, mask=mask, other=0.0)
+        key = (batch * GROUPS + groups) * PADDED + first + i
+        write = tl.sqrt(vv * tl.load(key_square + key, mask=mask, other=0.0))
+        added = v1 * tl.load(key_sum + key, mask=mask, other=0.0)
         if HAS_SCALE:
             w = tl.load(scale + i * w_t + heads * w_h, mask=mask, other=0.0).to(tl.float32)
             write *= tl.abs(w)
