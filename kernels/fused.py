@@ -121,6 +121,13 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _bulk_copies(x: Tensor) -> bool:
+    """Whether tiles can travel by the bulk copy engine of compute capability 9 and later."""
+    if _interpreted() or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
 def _rows_in_place(x: Tensor | None) -> Tensor | None:
     """Copy only where a row is not contiguous or the offsets inside a chunk would need 64 bits."""
     if x is None or (x.stride(-1) == 1 and x.stride(1) < 2**23):
@@ -151,6 +158,7 @@ class _Scan:
             "BF16": _half(r) and not _interpreted(),
             "PRECISION": "tf32x3" if torch.version.cuda else "ieee",
         }
+        self.bulk = _half(r) and _bulk_copies(r.v) and all(self._packed(x) for x in (self.q, self.k, self.v))
 
     def run(self, outputs: bool, measure: bool, positions: Sequence[int]) -> ScanOutput:
         r = self.r
@@ -182,17 +190,18 @@ class _Scan:
             r.write_scale is not None, parts is not None,
         )  # fmt: skip
 
-    def _write_spans(self, spans: Tensor, parts: _Parts | None) -> tuple[Tensor, Tensor]:
+    def _write_spans(self, spans: Tensor, parts: _Parts | None, whole: bool = True) -> tuple[Tensor, Tensor]:
         """What each (first chunk, end token) writes, (batch, head, span, key, value), and its log decay."""
         r, t, unused = self.r, self.tiling, self.weight
         written = self.empty(r.batch, r.heads, len(spans), r.key, r.value)
         decay = self.empty(r.batch, r.heads, len(spans))
+        bulk = self.bulk and whole  # a span cut short has its tokens masked
         self.kernels.write_spans[(r.heads * self.blocks, len(spans), r.batch)](
-            self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3], self.run_sum, self.weight,
+            *self._rows(self.k, t.keys, bulk), *self._rows(self.v, t.values, bulk), self.run_sum, self.weight,
             unused if parts is None else parts.key_sum, spans, written, decay,
             *((unused,) * 4 if parts is None else parts.of_values()),
             r.time, self.padded, self.chunks, len(spans), r.batch,
-            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.write_stages, MEASURE=parts is not None,
+            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.write_stages, BULK=bulk, MEASURE=parts is not None,
             num_warps=t.write_warps,
         )  # fmt: skip
         return written, decay
@@ -213,12 +222,13 @@ class _Scan:
 
     def _read_spans(self, states: Tensor, y: Tensor | None, parts: _Parts | None) -> None:
         r, t, unused = self.r, self.tiling, self.weight
+        target = unused if y is None else self._rows(y, t.values, self.bulk)[0]
         self.kernels.read_spans[(r.heads * self.blocks, self.spans, r.batch)](
-            self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3],
-            self.run_sum, self.weight, states, unused if r.skip is None else r.skip,
-            unused if y is None else y, *((unused,) * 2 if parts is None else (parts.cross, parts.written)),
+            *self._rows(self.q, t.keys, self.bulk), *self._rows(self.k, t.keys, self.bulk),
+            *self._rows(self.v, t.values, self.bulk),
+            self.run_sum, self.weight, states, unused if r.skip is None else r.skip, target, *((unused,) * 2 if parts is None else (parts.cross, parts.written)),
             r.time, self.padded, self.chunks, self.length, self.spans, r.batch,
-            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.read_stages,
+            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.read_stages, BULK=self.bulk,
             OUTPUTS=y is not None, MEASURE=parts is not None, HAS_SKIP=r.skip is not None,
             num_warps=t.read_warps,
         )  # fmt: skip
@@ -259,9 +269,33 @@ class _Scan:
             return self.empty(r.batch, 0, r.heads, r.key, r.value)
         tokens = torch.tensor(positions, device=r.v.device)
         spans = tokens.div(self.length * self.tiling.chunk, rounding_mode="floor")
-        written, decay = self._write_spans(torch.stack([spans * self.length, tokens + 1], 1), None)
+        written, decay = self._write_spans(
+            torch.stack([spans * self.length, tokens + 1], 1), None, whole=False
+        )
         entering = states.index_select(2, spans)
         return torch.addcmul(written, entering, decay.exp2()[..., None, None]).transpose(1, 2).contiguous()
+
+    def _packed(self, x: Tensor) -> bool:
+        """Whether x is one matrix of aligned rows, (batch * time, heads * width), that tiles cut evenly."""
+        batch, time, heads, width = x.shape
+        tile = self.tiling.values if x is self.v else self.tiling.keys
+        return (
+            width % tile == 0
+            and (heads == 1 or x.stride(2) == width)
+            and (batch == 1 or (x.stride(0) == time * x.stride(1) and time % self.tiling.chunk == 0))
+            and x.stride(1) % 8 == 0
+            and x.data_ptr() % 16 == 0
+            and batch * time < 2**31
+        )
+
+    def _rows(self, x: Tensor, width: int, bulk: bool) -> tuple[Any, ...]:
+        """Pass a tensor and its strides, or the descriptor the bulk copy engine takes."""
+        if not bulk:
+            return x, *x.stride()[:3]
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
+        return TensorDescriptor(x, shape, [x.stride(1), 1], [self.tiling.chunk, width]), *x.stride()[:3]
 
     def _decays(self) -> tuple[Any, ...]:
         r = self.r
@@ -292,7 +326,9 @@ class _Parts:
         keys = (r.batch, r.groups, scan.padded)
         tokens = (scan.blocks, r.batch, r.time, r.heads)
         chunks = (scan.blocks, r.batch, scan.chunks, r.heads)
-        return cls(*(scan.empty(*s) for s in (keys, keys, tokens, tokens, tokens, chunks, chunks, chunks[1:])))
+        return cls(
+            *(scan.empty(*s) for s in (keys, keys, tokens, tokens, tokens, chunks, chunks, chunks[1:]))
+        )
 
     def of_values(self) -> tuple[Tensor, ...]:
         """What the first walk writes."""

@@ -19,12 +19,24 @@ SMALLEST_LOG = tl.constexpr(-150.0)
 
 
 @triton.jit
-def _rows(base, stride, rows, columns, left, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Load (rows, columns), zero below the last token and right of the last column."""
-    mask = (rows < left)[:, None]
-    if WIDTH != BLOCK:
-        mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+def _tile(
+    x, x_b, x_t, x_h, batch, token, head, column, rows, time, stop,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """Load one head's (rows, columns) from a token and column on, zero from ``stop`` and the width on.
+
+    With BULK, ``x`` is a descriptor of (batch * time, heads * width), for the bulk copy engine.
+    """
+    if BULK:
+        tile = x.load([(batch * time + token).to(tl.int32), head * WIDTH + column])
+    else:
+        columns = column + tl.arange(0, BLOCK)
+        mask = (rows < stop - token)[:, None]
+        if WIDTH % BLOCK != 0:
+            mask = mask & (columns < WIDTH)[None, :]
+        x += batch * x_b + token * x_t + head * x_h
+        tile = tl.load(x + rows[:, None] * x_t + columns[None, :], mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -67,9 +79,8 @@ def prepare(
         tl.store(run + at, total, mask=(heads < HEADS)[None, :])
         tl.store(weight + at, w, mask=(heads < HEADS)[None, :])
     if MEASURE:
-        columns = tl.arange(0, BK)
         for group in range(GROUPS):
-            tile = _rows(k + batch * k_b + first * k_t + group * k_g, k_t, rows, columns, left, KEY, BK)
+            tile = _tile(k, k_b, k_t, k_g, batch, first, group, 0, rows, TIME, TIME, KEY, BK, False)
             tile = tile.to(tl.float32)
             at = (batch * GROUPS + group) * PADDED + first + rows
             tl.store(key_square + at, tl.sum(tile * tile, 1))
@@ -83,7 +94,7 @@ def write_spans(
     TIME, PADDED, CHUNKS, SPANS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
-    BF16: tl.constexpr, PRECISION: tl.constexpr, MEASURE: tl.constexpr,
+    BF16: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
     """What the tokens of a span leave behind, starting from nothing, and how much they forget.
 
@@ -105,21 +116,20 @@ def write_spans(
     rows = tl.arange(0, L)
     keys = tl.arange(0, BK)
     values = block * BV + tl.arange(0, BV)
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    v += batch * v_b + first * v_t + head * v_h
+    group = head // (HEADS // GROUPS)
     run += (batch * HEADS + head) * PADDED + first
     weight += (batch * HEADS + head) * PADDED + first
-    key_sum += (batch * GROUPS + head // (HEADS // GROUPS)) * PADDED + first
+    key_sum += (batch * GROUPS + group) * PADDED + first
     row = ((block * BATCH + batch) * TIME + first) * HEADS + head
     boundary = (batch * CHUNKS + start) * HEADS + head
     state = tl.zeros((BK, BV), tl.float32)
     forgotten = 0.0
     entries = 0.0
-    length = (stop - first).to(tl.int32)
-    for _ in tl.range(0, tl.cdiv(length, L), num_stages=STAGES):
-        left = tl.minimum(length, L)
-        kt = _rows(k, k_t, rows, keys, left, KEY, BK)
-        vt = _rows(v, v_t, rows, values, left, VALUE, BV).to(tl.float32)
+    for _ in tl.range(0, tl.cdiv(stop - first, L).to(tl.int32), num_stages=STAGES):
+        left = tl.minimum(stop - first, L).to(tl.int32)
+        kt = _tile(k, k_b, k_t, k_g, batch, first, group, 0, rows, TIME, stop, KEY, BK, BULK)
+        vt = _tile(v, v_b, v_t, v_h, batch, first, head, block * BV, rows, TIME, stop, VALUE, BV, BULK)
+        vt = vt.to(tl.float32)
         last = tl.load(run + left - 1)
         remaining = tl.exp2(last - tl.load(run + rows)) * tl.load(weight + rows)
         remaining = tl.where(rows < left, remaining, 0.0)
@@ -130,22 +140,23 @@ def write_spans(
             entries = entries * tl.exp2(last) + tl.sum(remaining * tl.load(key_sum + rows) * sums)
             tl.store(value_square + row + rows * HEADS, tl.sum(vt * vt, 1), mask=rows < left)
             tl.store(value_sum + row + rows * HEADS, sums, mask=rows < left)
-        # What is lost by rounding is written too: these states are kept, and energies restart from them.
         scaled = vt * remaining[:, None]
-        high = scaled.to(operand)
         kt = tl.trans(kt.to(operand))
-        state = state * tl.exp2(last) + tl.dot(kt, high, input_precision=PRECISION)
+        state *= tl.exp2(last)
         if BF16:
-            state += tl.dot(kt, (scaled - high.to(tl.float32)).to(operand))
+            # In two halves of its bits: these states are kept, and energies restart from them.
+            high = (scaled.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+            state = tl.dot(kt, high.to(operand), state)
+            state = tl.dot(kt, (scaled - high).to(operand), state)
+        else:
+            state = tl.dot(kt, scaled, state, input_precision=PRECISION)
         forgotten += last
-        k += L * k_t
-        v += L * v_t
+        first += L
         run += L
         weight += L
         key_sum += L
         row += L * HEADS
         boundary += HEADS
-        length -= L
     at = (batch * HEADS + head) * SPANS + span
     inside = (keys < KEY)[:, None] & (values < VALUE)[None, :]
     tl.store(written + at * (KEY * VALUE) + keys[:, None] * VALUE + values[None, :], state, mask=inside)
@@ -196,7 +207,7 @@ def read_spans(
     TIME, PADDED, CHUNKS, LENGTH, SPANS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
-    BF16: tl.constexpr, PRECISION: tl.constexpr,
+    BF16: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
     OUTPUTS: tl.constexpr, MEASURE: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     r"""Walk a span once, reading the past with the query and with the key.
@@ -231,26 +242,21 @@ def read_spans(
     rows = tl.arange(0, L)
     keys = tl.arange(0, BK)
     values = block * BV + tl.arange(0, BV)
-    k += batch * k_b + first * k_t + group * k_g
-    v += batch * v_b + first * v_t + head * v_h
     run += (batch * HEADS + head) * PADDED + first
     weight += (batch * HEADS + head) * PADDED + first
     row = ((block * BATCH + batch) * TIME + first) * HEADS + head
     boundary = ((block * BATCH + batch) * CHUNKS + start) * HEADS + head
-    if OUTPUTS:
-        q += batch * q_b + first * q_t + group * q_g
-        y += ((batch * TIME + first) * HEADS + head) * VALUE
     states += ((batch * HEADS + head) * SPANS + span) * (KEY * VALUE)
     inside = (keys < KEY)[:, None] & (values < VALUE)[None, :]
     state = tl.load(states + keys[:, None] * VALUE + values[None, :], mask=inside, other=0.0)
     if HAS_SKIP:
         bypass = tl.load(skip + head).to(tl.float32)
     gained = 0.0
-    left = TIME - first
     for _ in tl.range(0, (stop - start).to(tl.int32), num_stages=STAGES):
-        rows_left = tl.minimum(left, L).to(tl.int32)
-        kt = _rows(k, k_t, rows, keys, rows_left, KEY, BK).to(operand)
-        vt = _rows(v, v_t, rows, values, rows_left, VALUE, BV).to(operand)
+        left = tl.minimum(TIME - first, L).to(tl.int32)
+        kt = _tile(k, k_b, k_t, k_g, batch, first, group, 0, rows, TIME, TIME, KEY, BK, BULK).to(operand)
+        vt = _tile(v, v_b, v_t, v_h, batch, first, head, block * BV, rows, TIME, TIME, VALUE, BV, BULK)
+        vt = vt.to(operand)
         g = tl.load(run + rows)
         w = tl.load(weight + rows)
         last = tl.load(run + L - 1)
@@ -267,30 +273,30 @@ def read_spans(
             within = tl.sum(tl.where(rows[:, None] > rows[None, :], gram * past, 0.0), 1)
             itself = tl.sum(tl.where(rows[:, None] == rows[None, :], gram, 0.0), 1)
             overlap = w * (decay * across + within)
-            tl.store(cross + row + rows * HEADS, overlap, mask=rows < rows_left)
+            tl.store(cross + row + rows * HEADS, overlap, mask=rows < left)
             tl.store(written + boundary, gained)
             gained *= tl.exp2(2 * last)
             gained += tl.sum(remaining * remaining * (2 * overlap + w * w * itself))
         if OUTPUTS:
-            qt = _rows(q, q_t, rows, keys, rows_left, KEY, BK).to(operand)
+            qt = _tile(q, q_b, q_t, q_g, batch, first, group, 0, rows, TIME, TIME, KEY, BK, BULK).to(operand)
             seen = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * past
             seen = tl.where(rows[:, None] >= rows[None, :], seen, 0.0)
             if HAS_SKIP:
                 seen += tl.where(rows[:, None] == rows[None, :], bypass, 0.0)
             out = tl.dot(qt, entering, input_precision=PRECISION) * decay[:, None]
             out = tl.dot(seen.to(operand), vt, out, input_precision=PRECISION)
-            at = rows[:, None] * (HEADS * VALUE) + values[None, :]
-            there = (rows < rows_left)[:, None] & (values < VALUE)[None, :]
-            tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
-            q += L * q_t
-            y += L * HEADS * VALUE
-        k += L * k_t
-        v += L * v_t
+            if BULK:
+                y.store([(batch * TIME + first).to(tl.int32), head * VALUE + block * BV], out.to(tl.bfloat16))
+            else:
+                at = ((batch * TIME + first) * HEADS + head) * VALUE
+                inner = rows[:, None] * (HEADS * VALUE) + values[None, :]
+                there = (rows < left)[:, None] & (values < VALUE)[None, :]
+                tl.store(y + at + inner, out.to(y.dtype.element_ty), mask=there)
+        first += L
         run += L
         weight += L
         row += L * HEADS
         boundary += HEADS
-        left -= L
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from statescope.kernels.interface import ScanOutput, Steps
+from statescope.kernels.interface import Steps
 from statescope.recurrence import Recurrence
 
 
@@ -37,30 +37,37 @@ CASES = (
     Case(63, initial=True),
     Case(64, dtype=torch.bfloat16),
     Case(65, initial=True, dtype=torch.bfloat16),
-    Case(200, batch=2, heads=4, groups=2, initial=True),
-    Case(200, batch=2, heads=4, groups=2, initial=True, dtype=torch.bfloat16),
-    Case(130, heads=3, groups=3, key=5, value=7),
+    Case(70, batch=2, heads=4, groups=2, initial=True),
+    Case(130, batch=2, heads=4, groups=2, initial=True, dtype=torch.bfloat16),
+    Case(70, heads=3, groups=3, key=5, value=7),
     Case(130, heads=3, groups=3, key=5, value=7, dtype=torch.bfloat16),
     Case(70, key=100, value=48, initial=True, scale=False, dtype=torch.bfloat16),
-    Case(70, key=100, value=48, skip=False),
+    Case(40, key=100, value=48, skip=False),
     Case(90, key=20, value=130, initial=True, dtype=torch.bfloat16),
     Case(40, key=256, value=256, heads=1, dtype=torch.bfloat16),
-    Case(70, key=16, value=40, dtype=torch.float16),
+    Case(40, key=256, value=200, heads=1),
+    Case(40, key=16, value=40, dtype=torch.float16),
     Case(10, key=1, value=1),
 )
 
-STEPS = {
-    # dtype: worst and rms error of each field, in the units of `errors`
-    torch.float32: {"worst": 1e-4, "rms": 1e-5},
-    torch.float16: {"worst": 1e-4, "rms": 1e-5},
-    torch.bfloat16: {"worst": 1e-3, "rms": 2e-4},
-}
-"""The inputs are exact in float64, so only the arithmetic of the kernel is held to these."""
+LONG_CASES = (
+    Case(1000, batch=2, heads=6, groups=2, key=128, value=64, initial=True, dtype=torch.bfloat16),
+    Case(4096, heads=5, key=128, value=64, dtype=torch.bfloat16),
+    Case(1000, heads=5, key=64, value=96, initial=True),
+    Case(1000, heads=2, key=128, value=64, initial=True, dtype=torch.float16),
+)
+"""Too long for the interpreter."""
 
-OUTPUTS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+WORST = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-3}
+"""Largest error of any step, in the units of `errors`; inputs are exact in float64, arithmetic is not."""
+
+RMS = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-4}
+"""Root mean square of the same."""
+
+OUTPUTS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Of y, over its own norm: it is rounded to the dtype of v."""
 
-STATES = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 4e-3}
+STATES = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 3e-5}
 """Of a state, over its own norm."""
 
 
@@ -86,7 +93,9 @@ def draw(case: Case, device: str, seed: int = 0) -> Recurrence:
         v=v.reshape(*tokens, case.heads, case.value),
         log_decay=(-step * rate).to(device),
         write_scale=step.to(device) if case.scale else None,
-        initial_state=normal(case.batch, case.heads, case.key, case.value).to(device) if case.initial else None,
+        initial_state=normal(case.batch, case.heads, case.key, case.value).to(device)
+        if case.initial
+        else None,
         skip=normal(case.heads).to(device) if case.skip else None,
     )
 
@@ -109,11 +118,3 @@ def errors(got: Steps, truth: Steps, entering_norm: Tensor) -> dict[str, Tensor]
 def relative(got: Tensor, truth: Tensor) -> float:
     """Distance over the norm of the truth."""
     return float((got.double() - truth).norm() / truth.norm().clamp(min=1e-30))
-
-
-def finite(output: ScanOutput) -> bool:
-    """Whether everything that was asked for is finite."""
-    tensors = [output.states, output.final_state]
-    tensors += [] if output.y is None else [output.y]
-    tensors += [] if output.steps is None else list(vars(output.steps).values())
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
