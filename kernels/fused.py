@@ -18,6 +18,7 @@ outputs, about ``50 h`` bytes of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -31,8 +32,8 @@ from statescope.recurrence import Recurrence
 
 from .interface import ScanOutput, Steps
 
-PROGRAMS = 4096
-"""Spans times heads aimed at: enough to fill a large device a dozen times, few enough that their states are small."""
+PROGRAMS = 1056
+"""Spans times heads to aim for: eight on each of 132 multiprocessors, and few enough states between them."""
 
 WIDEST = 256
 """Largest number of keys or values whose tiles fit."""
@@ -40,7 +41,7 @@ WIDEST = 256
 
 def supports(recurrence: Recurrence) -> str | None:
     """Return None if the kernel serves this recurrence, else the reason why not."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     if recurrence.per_key_decay:
         return "the decay is per key"
@@ -88,8 +89,10 @@ def scan(
     reason = supports(recurrence)
     if reason is not None:
         raise ValueError(f"the fused kernel does not serve this recurrence: {reason}")
+    if not all(0 <= p < recurrence.time for p in positions):
+        raise ValueError(f"positions {list(positions)} do not all lie in 0 to {recurrence.time - 1}")
     with torch.cuda.device(recurrence.v.device) if recurrence.v.is_cuda else contextlib.nullcontext():
-        return _Scan(recurrence, _tiling(recurrence)).run(outputs, measure, positions)
+        return _Scan(recurrence).run(outputs, measure, positions)
 
 
 @dataclass(frozen=True)
@@ -101,20 +104,34 @@ class Tiling:
     values: int
     write_warps: int = 4
     write_stages: int = 3
+    write_registers: int | None = None
     read_warps: int = 4
     read_stages: int = 2
 
 
-def _tiling(r: Recurrence) -> Tiling:
-    keys, values = (max(16, 1 << (size - 1).bit_length()) for size in (r.key, r.value))
-    if not _half(r):  # three products for each, of operands twice as wide
-        return Tiling(32, keys, min(values, 32 if keys <= 128 else 16), 4, 1, 4, 1)
-    return Tiling(64, keys, min(values, 64 if keys <= 128 else 32))
+def _tiling(key: int, value: int, half: bool, modern: bool) -> Tiling:
+    """Choose the largest tiles whose accumulators stay in registers.
+
+    ``half`` is for bfloat16 products, ``modern`` for matrix units that read shared memory by themselves
+    (compute capability 9); elsewhere operands take registers too.
+    """
+    keys, values = (max(16, 1 << (size - 1).bit_length()) for size in (key, value))
+    columns = 64 if keys <= 128 else 32
+    if not half:  # three products for each, of operands twice as wide
+        return Tiling(16, keys, min(values, columns // 2), 8, 1, None, 8, 1)
+    if not modern:
+        return Tiling(32, keys, min(values, columns), 8, 2, None, 8, 2)
+    return Tiling(64, keys, min(values, columns), write_registers=168)
 
 
 def _half(r: Recurrence) -> bool:
     """Whether the products take bfloat16 operands; float16 has too small a range to hold the state."""
     return all(x.dtype == torch.bfloat16 for x in (r.q, r.k, r.v))
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _interpreted() -> bool:
@@ -138,11 +155,12 @@ def _rows_in_place(x: Tensor | None) -> Tensor | None:
 class _Scan:
     """One scan: the launches and the buffers between them."""
 
-    def __init__(self, r: Recurrence, tiling: Tiling) -> None:
+    def __init__(self, r: Recurrence) -> None:
         from . import fused_kernels
 
         self.kernels: Any = fused_kernels
-        self.r, self.tiling = r, tiling
+        self.r = r
+        self.tiling = tiling = _tiling(r.key, r.value, _half(r), _interpreted() or _bulk_copies(r.v))
         self.q, self.k, self.v = (_rows_in_place(x) for x in (r.q, r.k, r.v))
         self.chunks = -(-r.time // tiling.chunk)
         self.blocks = -(-r.value // tiling.values)
@@ -164,9 +182,7 @@ class _Scan:
         r = self.r
         parts = _Parts.allocate(self) if measure else None
         self._prepare(parts)
-        starts = torch.arange(self.spans, device=r.v.device) * self.length
-        stops = ((starts + self.length) * self.tiling.chunk).clamp(max=r.time)
-        states, decay = self._write_spans(torch.stack([starts, stops], 1), parts)
+        states, decay = self._write_spans(self.spans, parts)
         final, spoiled, sums = self._pass_states(states, decay)
         y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
         if outputs or measure:
@@ -190,19 +206,22 @@ class _Scan:
             r.write_scale is not None, parts is not None,
         )  # fmt: skip
 
-    def _write_spans(self, spans: Tensor, parts: _Parts | None, whole: bool = True) -> tuple[Tensor, Tensor]:
-        """What each (first chunk, end token) writes, (batch, head, span, key, value), and its log decay."""
+    def _write_spans(
+        self, spans: int, parts: _Parts | None, ends: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what each span writes, (batch, head, span, key, value), and its log decay."""
         r, t, unused = self.r, self.tiling, self.weight
-        written = self.empty(r.batch, r.heads, len(spans), r.key, r.value)
-        decay = self.empty(r.batch, r.heads, len(spans))
-        bulk = self.bulk and whole  # a span cut short has its tokens masked
-        self.kernels.write_spans[(r.heads * self.blocks, len(spans), r.batch)](
+        bulk = self.bulk and ends is None  # a span cut short masks its tokens
+        written = self.empty(r.batch, r.heads, spans, r.key, r.value)
+        decay = self.empty(r.batch, r.heads, spans)
+        self.kernels.write_spans[(r.heads * self.blocks, spans, r.batch)](
             *self._rows(self.k, t.keys, bulk), *self._rows(self.v, t.values, bulk), self.run_sum, self.weight,
-            unused if parts is None else parts.key_sum, spans, written, decay,
+            unused if parts is None else parts.key_sum, unused if ends is None else ends, written, decay,
             *((unused,) * 4 if parts is None else parts.of_values()),
-            r.time, self.padded, self.chunks, len(spans), r.batch,
-            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.write_stages, BULK=bulk, MEASURE=parts is not None,
-            num_warps=t.write_warps,
+            r.time, self.padded, self.chunks, self.length, spans, r.batch,
+            **self.sizes, **self.tiles, **self.arithmetic,
+            BULK=bulk, STAGES=t.write_stages, CUT=ends is not None, MEASURE=parts is not None,
+            num_warps=t.write_warps, **self._at_most(t.write_registers),
         )  # fmt: skip
         return written, decay
 
@@ -215,7 +234,8 @@ class _Scan:
         sums = self.empty(2, r.batch, r.heads, tiles, self.spans)
         initial = None if r.initial_state is None else r.initial_state.contiguous()
         self.kernels.pass_states[(tiles, r.batch * r.heads)](
-            states, decay, final if initial is None else initial, final, spoiled, sums[0], sums[1], self.spans,
+            states, decay, final if initial is None else initial, final, spoiled, sums[0], sums[1],
+            self.spans,
             SIZE=size, BLOCK=block, STAGES=3, HAS_INITIAL=initial is not None, num_warps=4,
         )  # fmt: skip
         return final, spoiled, sums
@@ -223,10 +243,11 @@ class _Scan:
     def _read_spans(self, states: Tensor, y: Tensor | None, parts: _Parts | None) -> None:
         r, t, unused = self.r, self.tiling, self.weight
         target = unused if y is None else self._rows(y, t.values, self.bulk)[0]
+        measured = (unused, unused) if parts is None else (parts.cross, parts.written)
         self.kernels.read_spans[(r.heads * self.blocks, self.spans, r.batch)](
             *self._rows(self.q, t.keys, self.bulk), *self._rows(self.k, t.keys, self.bulk),
             *self._rows(self.v, t.values, self.bulk),
-            self.run_sum, self.weight, states, unused if r.skip is None else r.skip, target, *((unused,) * 2 if parts is None else (parts.cross, parts.written)),
+            self.run_sum, self.weight, states, unused if r.skip is None else r.skip, target, *measured,
             r.time, self.padded, self.chunks, self.length, self.spans, r.batch,
             **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.read_stages, BULK=self.bulk,
             OUTPUTS=y is not None, MEASURE=parts is not None, HAS_SKIP=r.skip is not None,
@@ -263,15 +284,14 @@ class _Scan:
         return Steps(r.log_decay.to(torch.float32), write, norm, mean, overlap)
 
     def _states_after(self, positions: Sequence[int], states: Tensor) -> Tensor:
-        """The states after some tokens: each from the span that holds it, cut short there."""
+        """Return the states after some tokens: each from the span that holds it, cut short there."""
         r = self.r
         if not positions:
             return self.empty(r.batch, 0, r.heads, r.key, r.value)
-        tokens = torch.tensor(positions, device=r.v.device)
-        spans = tokens.div(self.length * self.tiling.chunk, rounding_mode="floor")
-        written, decay = self._write_spans(
-            torch.stack([spans * self.length, tokens + 1], 1), None, whole=False
-        )
+        # From pinned memory, so that the host does not wait for the device.
+        ends = torch.tensor(positions, pin_memory=r.v.is_cuda).to(r.v.device, non_blocking=True)
+        written, decay = self._write_spans(len(positions), None, ends)
+        spans = ends.div(self.length * self.tiling.chunk, rounding_mode="floor")
         entering = states.index_select(2, spans)
         return torch.addcmul(written, entering, decay.exp2()[..., None, None]).transpose(1, 2).contiguous()
 
@@ -296,6 +316,10 @@ class _Scan:
 
         shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
         return TensorDescriptor(x, shape, [x.stride(1), 1], [self.tiling.chunk, width]), *x.stride()[:3]
+
+    def _at_most(self, registers: int | None) -> dict[str, int]:
+        """Ask for few enough registers that one more program fits a multiprocessor."""
+        return {"maxnreg": registers} if self.bulk and registers is not None else {}
 
     def _decays(self) -> tuple[Any, ...]:
         r = self.r
@@ -331,5 +355,5 @@ class _Parts:
         )
 
     def of_values(self) -> tuple[Tensor, ...]:
-        """What the first walk writes."""
+        """Return what the first walk writes."""
         return self.value_square, self.value_sum, self.chunk_total, self.chunk_decay

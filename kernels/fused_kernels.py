@@ -89,17 +89,19 @@ def prepare(
 
 @triton.jit
 def write_spans(
-    k, k_b, k_t, k_g, v, v_b, v_t, v_h, run, weight, key_sum, spans,
+    k, k_b, k_t, k_g, v, v_b, v_t, v_h, run, weight, key_sum, ends,
     written, decay, value_square, value_sum, chunk_total, chunk_decay,
-    TIME, PADDED, CHUNKS, SPANS, BATCH,
+    TIME, PADDED, CHUNKS, LENGTH, SPANS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
-    BF16: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr, MEASURE: tl.constexpr,
+    BF16: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
-    """What the tokens of a span leave behind, starting from nothing, and how much they forget.
+    """Sum up what the tokens of a span leave behind, starting from nothing, and how much they forget.
 
-    ``spans`` holds (first chunk, end token). ``written`` is (batch, head, span, key, value) and
-    ``decay`` (batch, head, span) the sum of the log decay. Both are also followed chunk by chunk:
+    A span is ``LENGTH`` chunks or, with CUT, ends after the token ``ends`` names. ``written`` is (batch,
+    head, span, key, value) and ``decay`` (batch, head, span) the sum of the log decay, base 2. Both are
+    also followed chunk by chunk:
     ``chunk_total`` (block, batch, chunk, head) is the sum of the entries of what was written before the
     chunk, ``chunk_decay`` (batch, chunk, head) the log decay up to it.
     Grid: (head * blocks of columns, span, batch).
@@ -110,8 +112,12 @@ def write_spans(
     block = tl.program_id(0) % blocks
     span = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    start = tl.load(spans + 2 * span)
-    stop = tl.load(spans + 2 * span + 1)
+    if CUT:
+        stop = tl.load(ends + span) + 1
+        start = (stop - 1) // (LENGTH * L) * LENGTH
+    else:
+        start = span * LENGTH
+        stop = tl.minimum((start + LENGTH) * L, TIME)
     first = start * L
     rows = tl.arange(0, L)
     keys = tl.arange(0, BK)

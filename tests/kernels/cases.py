@@ -34,12 +34,13 @@ class Case:
 
 CASES = (
     Case(1),
-    Case(63, initial=True),
+    Case(33, initial=True),
+    Case(63, dtype=torch.bfloat16),
     Case(64, dtype=torch.bfloat16),
     Case(65, initial=True, dtype=torch.bfloat16),
-    Case(70, batch=2, heads=4, groups=2, initial=True),
+    Case(40, batch=2, heads=4, groups=2, initial=True),
     Case(130, batch=2, heads=4, groups=2, initial=True, dtype=torch.bfloat16),
-    Case(70, heads=3, groups=3, key=5, value=7),
+    Case(40, heads=3, groups=3, key=5, value=7),
     Case(130, heads=3, groups=3, key=5, value=7, dtype=torch.bfloat16),
     Case(70, key=100, value=48, initial=True, scale=False, dtype=torch.bfloat16),
     Case(40, key=100, value=48, skip=False),
@@ -61,7 +62,7 @@ LONG_CASES = (
 WORST = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-3}
 """Largest error of any step, in the units of `errors`; inputs are exact in float64, arithmetic is not."""
 
-RMS = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-4}
+RMS = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 2e-4}
 """Root mean square of the same."""
 
 OUTPUTS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}

@@ -78,9 +78,9 @@ def test_matches_stepping_for_long(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_spans_of_several_chunks(programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "PROGRAMS", programs)
-    time = 330 if dtype == torch.bfloat16 else 150
+    time = 330 if dtype == torch.bfloat16 else 75
     r = draw(Case(time, heads=1, initial=True, dtype=dtype), DEVICE)
-    positions = (70, 129, time - 2)
+    positions = (70, time // 2, time - 2)
     check(r, fused.scan(r, positions=positions), positions)
 
 
@@ -145,7 +145,7 @@ def test_forgetting_everything() -> None:
     assert relative(got.y, want.y) <= OUTPUTS[r.v.dtype]
     for name in ("write_norm", "state_norm", "state_mean", "write_overlap"):
         torch.testing.assert_close(
-            getattr(got.steps, name).double(), getattr(want.steps, name), rtol=2e-3, atol=1e-4
+            getattr(got.steps, name).double(), getattr(want.steps, name), rtol=2e-3, atol=1e-3
         )
 
 
