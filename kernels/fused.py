@@ -11,8 +11,10 @@ memory, and one pass reads the past with the query and with the key. Launches:
 5. ``step_spoiled``: returns at once, unless a NaN or an infinity entered a span (see Notes of :func:`scan`).
 6. ``measure_steps``: norms and means by scalar recurrences that restart from the state of each chunk.
 
-With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, each token moves ``6 h v`` bytes of values and
-outputs, about ``50 h`` bytes of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))`` operations.
+With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, a token moves ``6 h v`` bytes of values and
+outputs (values are read twice) and about ``60 h`` of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))``
+operations on the matrix units: five products with a state, one of them in two halves so that kept
+states and energies carry no rounding of their inputs, and four Gram-sized products in a chunk of 64.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from statescope.recurrence import Recurrence
 
 from .interface import ScanOutput, Steps
 
-PROGRAMS = 1056
-"""Spans times heads to aim for: eight on each of 132 multiprocessors, and few enough states between them."""
+PROGRAMS = 1584
+"""Most spans times heads: twelve on each of 132 multiprocessors, six rounds of two or four of three."""
 
 WIDEST = 256
 """Largest number of keys or values whose tiles fit."""
@@ -97,7 +99,7 @@ def scan(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a shape is cut up: sizes of tiles, and warps and pipeline stages of the two walking kernels."""
+    """How a shape is cut up: sizes of tiles, and warps, stages and registers of the two walking kernels."""
 
     chunk: int
     keys: int
@@ -118,7 +120,7 @@ def _tiling(key: int, value: int, half: bool, modern: bool) -> Tiling:
     keys, values = (max(16, 1 << (size - 1).bit_length()) for size in (key, value))
     columns = 64 if keys <= 128 else 32
     if not half:  # three products for each, of operands twice as wide
-        return Tiling(16, keys, min(values, columns // 2), 8, 1, None, 8, 1)
+        return Tiling(16, keys, min(values, columns // 2), 4, 1, None, 4, 1)
     if not modern:
         return Tiling(32, keys, min(values, columns), 8, 2, None, 8, 2)
     return Tiling(64, keys, min(values, columns), write_registers=168)
@@ -165,7 +167,8 @@ class _Scan:
         self.chunks = -(-r.time // tiling.chunk)
         self.blocks = -(-r.value // tiling.values)
         rows = r.batch * r.heads
-        self.length = max(1, -(-self.chunks * rows * self.blocks // PROGRAMS))  # chunks in a span
+        spans = min(self.chunks, max(1, PROGRAMS // (rows * self.blocks)))
+        self.length = -(-self.chunks // spans)  # chunks in a span
         self.spans = -(-self.chunks // self.length)
         self.padded = self.chunks * tiling.chunk
         self.run_sum, self.weight = self.empty(rows, self.padded), self.empty(rows, self.padded)
