@@ -9,7 +9,8 @@ memory, and one pass reads the past with the query and with the key. Launches:
 3. ``pass_states``: the state that enters each span, float32.
 4. ``read_spans``: ``y``, and the overlap of each write with the decayed state.
 5. ``step_spoiled``: returns at once, unless a NaN or an infinity entered a span (see Notes of :func:`scan`).
-6. ``measure_steps``: norms and means by scalar recurrences that restart from the state of each chunk.
+6. ``measure_steps``: norms and means by scalar recurrences inside each chunk, from what the walks carried to
+   it; the walks start from the states of step 3, so that no error builds up from span to span.
 
 With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, a token moves ``6 h v`` bytes of values and
 outputs (values are read twice) and about ``60 h`` of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))``
@@ -147,9 +148,9 @@ def _bulk_copies(x: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def _rows_in_place(x: Tensor | None) -> Tensor | None:
+def _rows_in_place(x: Tensor) -> Tensor:
     """Copy only where a row is not contiguous or the offsets inside a chunk would need 64 bits."""
-    if x is None or (x.stride(-1) == 1 and x.stride(1) < 2**23):
+    if x.stride(-1) == 1 and x.stride(1) < 2**23:
         return x
     return x.contiguous()
 
