@@ -116,7 +116,7 @@ def _tiling(key: int, value: int, half: bool, modern: bool) -> Tiling:
     """Choose the largest tiles whose accumulators stay in registers.
 
     ``half`` is for bfloat16 products, ``modern`` for matrix units that read shared memory by themselves
-    (compute capability 9); elsewhere operands take registers too.
+    (compute capability 9 and 10); elsewhere operands take registers too.
     """
     keys, values = (max(16, 1 << (size - 1).bit_length()) for size in (key, value))
     columns = 64 if keys <= 128 else 32
@@ -142,10 +142,10 @@ def _interpreted() -> bool:
 
 
 def _bulk_copies(x: Tensor) -> bool:
-    """Whether tiles can travel by the bulk copy engine of compute capability 9 and later."""
+    """Whether this GPU copies tiles in bulk and has the shared memory for them; desktop parts have not."""
     if _interpreted() or torch.version.cuda is None:
         return False
-    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def _rows_in_place(x: Tensor) -> Tensor:
