@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statescope.reader import Block
+from statescope.reader import Block, place_of_nonfinite
 from statescope.schema import group_variables
 from statescope.store import RecordWriter
 from statescope.watch import Watch
@@ -76,7 +76,8 @@ class Recorder:
     def _gather(self, block: Block, arrived: torch.cuda.Event | None) -> None:
         if arrived is not None:
             arrived.synchronize()
-        self._nonfinite = self._nonfinite or block.first_nonfinite
+        start = self._start + sum(b.loss.shape[1] for b in self._blocks)
+        self._nonfinite = self._nonfinite or place_of_nonfinite(block, self._watch, start)
         self._blocks.append(block)
 
     def _commit(self, stop: int, carry: Callable[[], bytes] | None) -> None:
@@ -124,7 +125,7 @@ def _to_host(block: Block) -> tuple[Block, torch.cuda.Event | None]:
         contribution={p: (at, move(x)) for p, (at, x) in block.contribution.items()},
         share={p: (at, move(x)) for p, (at, x) in block.share.items()},
         share_before={p: move(x) for p, x in block.share_before.items()},
-        first_nonfinite=block.first_nonfinite,
+        nonfinite=block.nonfinite.to("cpu", non_blocking=True),
     )
     if block.loss.device.type != "cuda":
         return moved, None

@@ -25,8 +25,8 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
     recurrence : Recurrence
         What is to be run.
     backend : str
-        ``"auto"`` for the first of :data:`BACKENDS` that serves it (``"fused"`` on a GPU only, not in Triton's
-        interpreter), or one of them by name.
+        ``"auto"`` for the first of :data:`BACKENDS` that serves it (``"fused"`` on a GPU only, never in
+        Triton's interpreter), or one of them by name.
 
     Raises
     ------

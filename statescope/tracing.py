@@ -86,8 +86,8 @@ def trace(
         depend on it. Default 2048.
     backend : str
         ``"auto"``: the model's own scan computes its outputs, ours only measures; with ``edit``, ours
-        computes both. ``"model"``: never ours. A kernel's name (``"fused"``, ``"chunked"``, ``"reference"``): it
-        computes outputs and measurements, which is faster on a CPU; outputs then agree to rounding.
+        computes both. ``"model"``: never ours. A kernel's name (``"fused"``, ``"chunked"``, ``"reference"``):
+        it computes outputs and measurements, which is faster on a CPU; outputs then agree to rounding.
     device, dtype : optional
         Where and in which floating dtype to load a model that is given by name.
     train_length : int, optional
