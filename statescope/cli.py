@@ -1,4 +1,4 @@
-"""The command line: ``statescope trace | info | demo``."""
+"""The command line: ``statescope trace | info | demo | bench``."""
 
 from __future__ import annotations
 
@@ -91,6 +91,29 @@ def demo(
         from statescope.experiments import demo as demonstration
 
         demonstration.run(output, overwrite=overwrite, say=typer.echo)
+
+
+@app.command()
+def bench(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Result file (JSON).")] = Path("bench.json"),
+    shapes: Annotated[str, typer.Option(help="Model shapes: 130M, 370M, 1.3B, 2.7B.")] = "370M",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens, such as 2048,65536; the last is read end to end.")
+    ] = "8192",
+    rounds: Annotated[int, typer.Option(help="Timed rounds of every contestant.")] = 5,
+    end_to_end: Annotated[bool, typer.Option(help="Time whole models too.")] = True,
+) -> None:
+    """Verify the kernels here, then time them beside their peers."""
+    with _plain_errors():
+        from statescope.experiments import bench as benchmark
+
+        names = shapes.split(",")
+        unknown = [name for name in names if name not in benchmark.SHAPES]
+        if unknown:
+            raise ValueError(f"shapes names {unknown[0]!r}; choose from {', '.join(benchmark.SHAPES)}")
+        result = benchmark.run(names, _integers("lengths", lengths), rounds, typer.echo, end_to_end)
+        benchmark.save(result, output)
+        typer.echo(f"\nresult: {output}")
 
 
 @contextmanager

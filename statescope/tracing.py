@@ -198,7 +198,7 @@ class _Plan:
             "outputs": "model" if self.own_outputs else "statescope",
             "edit": _name_of(self.edit),
             "segment": self.segment,
-            "versions": _versions(),
+            "versions": versions(),
             "watch": self.watch.to_json(),
             "tokens": self.ids.shape[1],
             "first_nonfinite": None,
@@ -305,7 +305,8 @@ def _name_of(function: Any) -> str | None:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "triton", "mamba-ssm", "numpy", "zarr", "xarray"):
         try:
