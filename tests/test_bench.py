@@ -11,7 +11,7 @@ from test_cli import call
 
 from statescope.experiments import bench
 
-TINY = bench.Shape(layers=2, width=32, heads=2, value=8, key=8)
+TINY = bench.Shape(layers=2, width=32, heads=8, value=8, key=8)
 
 
 @pytest.fixture(autouse=True)
