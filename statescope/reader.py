@@ -147,17 +147,16 @@ class Reader:
     def _loss(self, logits: Tensor, carry: Carry, stop: int) -> Tensor:
         """Loss of every token of the segment; that of the token after it waits in the carry."""
         targets = self.ids[:, carry.position + 1 : stop + 1].to(self.device)
+        rows = logits[:, : targets.shape[1]].flatten(0, 1).split(LOGIT_ROWS)
         losses = [
-            cross_entropy(rows.float().transpose(1, 2), wanted, reduction="none")
-            for rows, wanted in zip(
-                logits[:, : targets.shape[1]].split(LOGIT_ROWS, 1), targets.split(LOGIT_ROWS, 1), strict=True
-            )
-            if wanted.shape[1]
+            cross_entropy(part.float(), wanted, reduction="none")
+            for part, wanted in zip(rows, targets.flatten().split(LOGIT_ROWS), strict=True)
         ]
+        predicted = torch.cat(losses).view(targets.shape)
         first = carry.pending_loss
         if first is None:
             first = torch.full((len(self.ids),), torch.nan, device=self.device)
-        known = torch.cat([first[:, None], *losses], 1)
+        known = torch.cat([first[:, None], predicted], 1)
         length = stop - carry.position
         carry.pending_loss = known[:, length] if known.shape[1] > length else None
         return known[:, :length]
