@@ -140,16 +140,16 @@ class RecordWriter:
         if not isinstance(store, str | Path):
             return cls(store, cls._lay_out(store, layout, attributes, token_id, overwrite=True), layout)
         place = Path(store).resolve()
-        draft = place.with_name(f".{place.name}.draft")
+        draft, former = (place.with_name(f".{place.name}.{kind}") for kind in ("draft", "former"))
         with _named_errors(store):
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove(draft, former)
             try:
                 cls._lay_out(draft, layout, attributes, token_id)
                 if place.exists():
-                    shutil.rmtree(place)
+                    place.rename(former)  # removing it takes time, in which it would be half a record
                 draft.rename(place)
             finally:
-                shutil.rmtree(draft, ignore_errors=True)
+                _remove(draft, former)
         return cls(store, zarr.open_group(store, mode="r+"), layout)
 
     @staticmethod
@@ -246,6 +246,11 @@ class RecordWriter:
             assert isinstance(array, zarr.Array)
             self._arrays[name] = array
         return self._arrays[name]
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_empty(store: Path | Store) -> bool:
