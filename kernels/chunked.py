@@ -182,7 +182,7 @@ class _Chunks:
 
     def pass_states(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the state entering every chunk, (b c g k h v), and the one leaving the last."""
-        batch, _, groups, heads, _ = self.w.shape
+        groups, heads = self.w.shape[2:4]
         remaining = (self.run[..., -1:] - self.run).exp() * self.w
         written = self.v * remaining.permute(0, 1, 4, 2, 3)[..., None]
         local = self.k.transpose(-2, -1) @ written.transpose(2, 3).flatten(4)
@@ -239,7 +239,9 @@ class _Chunks:
         c, i = divmod(token, self.k.shape[3])
         run = self.run[:, c]
         remaining = (run[..., i : i + 1] - run[..., : i + 1]).exp() * self.w[:, c, ..., : i + 1]
-        written = torch.einsum("bgik,bghi,bighv->bghkv", self.k[:, c, :, : i + 1], remaining, self.v[:, c, : i + 1])
+        written = torch.einsum(
+            "bgik,bghi,bighv->bghkv", self.k[:, c, :, : i + 1], remaining, self.v[:, c, : i + 1]
+        )
         kept = run[..., i].exp()[..., None, None] * entering[:, c].transpose(2, 3)
         return (kept + written).flatten(1, 2)
 

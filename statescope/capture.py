@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -48,7 +48,8 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
     ValueError
         If there is none; lists the supported families.
     """
-    found = {int(m.layer_idx): m for m in model.modules() if hasattr(m, "layer_idx") and _scan_class(m)}
+    modules: Iterable[Any] = model.modules()
+    found = {int(m.layer_idx): m for m in modules if hasattr(m, "layer_idx") and _scan_class(m)}
     if not found:
         kinds = sorted({f"{a.signature}: {', '.join(a.models)}" for a in ADAPTERS.values()})
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,9 @@ def cache_keyword(model: nn.Module) -> str:
     for keyword in CACHE_KEYWORDS:
         if keyword in parameters:
             return keyword
-    raise ValueError(f"model is a {type(model).__name__}, which takes no cache ({' or '.join(CACHE_KEYWORDS)})")
+    raise ValueError(
+        f"model is a {type(model).__name__}, which takes no cache ({' or '.join(CACHE_KEYWORDS)})"
+    )
 
 
 @dataclass
@@ -60,10 +63,11 @@ class Carry:
     @classmethod
     def fresh(cls, model: nn.Module) -> Carry:
         """Start before the first token."""
-        return cls(cache=DynamicCache(config=model.config))
+        config: Any = model.config
+        return cls(cache=DynamicCache(config=config))
 
-    def to_bytes(self) -> bytes:
-        """Write as safetensors; exact, and free of code."""
+    def freeze(self) -> Callable[[], bytes]:
+        """Copy what is there now; calling the result writes it as safetensors, exact and free of code."""
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {"position": self.position}
         for i, layer in enumerate(self.cache.layers):
@@ -86,8 +90,14 @@ class Carry:
         tensors |= {f"log_decay/{layer}": t for layer, t in self.log_decay.items()}
         for name in ("probe_states", "probe_decays"):
             tensors |= {f"{name}/{layer}/{p}": t for (layer, p), t in getattr(self, name).items()}
-        tensors = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        return save_safetensors(tensors, metadata={"plain": json.dumps(plain)})
+        frozen = {
+            name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+        }
+        return lambda: save_safetensors(frozen, metadata={"plain": json.dumps(plain)})
+
+    def to_bytes(self) -> bytes:
+        """Write what is there now; see :meth:`freeze`."""
+        return self.freeze()()
 
     @classmethod
     def from_bytes(cls, data: bytes, model: nn.Module, device: torch.device) -> Carry:
@@ -98,13 +108,14 @@ class Carry:
         carry = cls.fresh(model)
         carry.position = plain["position"]
         carry.pending_loss = tensors.pop("pending_loss", None)
-        for i, layer in enumerate(carry.cache.layers):
+        layers: list[Any] = carry.cache.layers
+        for i, layer in enumerate(layers):
             for name, value in plain[f"cache/{i}"].items():
                 setattr(layer, name, _plain(value, device))
         for name, tensor in tensors.items():
             kind, *path = name.split("/")
             if kind == "cache":
-                _restore(carry.cache.layers[int(path[0])], path[1:], tensor)
+                _restore(layers[int(path[0])], path[1:], tensor)
             elif kind == "log_decay":
                 carry.log_decay[int(path[0])] = tensor
             else:

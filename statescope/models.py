@@ -66,7 +66,7 @@ def load(
             model = _load_mamba_ssm(folder, config, kind)
         else:
             raise ValueError(
-                f"model={str(name)!r}: config.json has neither transformers' model_type nor mamba_ssm's d_model"
+                f"model={str(name)!r}: config.json names neither a model_type (transformers) nor a d_model"
             )
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -123,14 +123,16 @@ def _folder(name: str) -> Path:
 def _load_transformers(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
+    loaded: Any
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except OSError as error:
         raise ValueError(f"model={str(folder)!r} has no weights that can be read: {error}") from error
     except RuntimeError as error:
         raise ValueError(f"model={str(folder)!r}: weights do not fit config.json: {error}") from error
+    model, found = loaded
     if found["missing_keys"]:  # transformers would go on with random ones
         missing = ", ".join(sorted(found["missing_keys"]))
         raise ValueError(f"model={str(folder)!r}: weights do not fit config.json: missing are {missing}")
@@ -238,7 +240,9 @@ def mamba2_config(config: dict[str, Any]) -> Any:
     multiple = flat.get("pad_vocab_size_multiple", 8)
     inner = settings["hidden_size"] * settings.get("expand", 2)
     if inner % settings["head_dim"]:
-        raise ValueError(f"model: config.json has headdim {settings['head_dim']}, which does not divide {inner}")
+        raise ValueError(
+            f"model: config.json has headdim {settings['head_dim']}, which does not divide {inner}"
+        )
     return Mamba2Config(
         vocab_size=-(-flat["vocab_size"] // multiple) * multiple,
         num_heads=inner // settings["head_dim"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class Block:
     contribution: dict[int, tuple[int, Tensor]] = field(default_factory=dict)  # by probe: first token,
     share: dict[int, tuple[int, Tensor]] = field(default_factory=dict)  # ... (batch, layer, time, head)
     share_before: dict[int, Tensor] = field(default_factory=dict)  # by probe: (batch, layer, head)
-    first_nonfinite: dict[str, Any] | None = None
+    nonfinite: Tensor = field(default_factory=lambda: torch.empty(0))  # (layers + 1, 2), the last: the loss
 
 
 def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
@@ -106,7 +106,13 @@ class Reader:
     """
 
     def __init__(
-        self, model: nn.Module, ids: Tensor, watch: Watch, backend: str, own_outputs: bool, edit: Edit | None = None
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        watch: Watch,
+        backend: str,
+        own_outputs: bool,
+        edit: Edit | None = None,
     ) -> None:
         self.model, self.ids, self.watch = model, ids, watch
         self.backend, self.own_outputs, self.edit = backend, own_outputs, edit
@@ -217,8 +223,10 @@ class _Segment:
             joined.contribution[p] = (first, torch.stack([part.contribution[p][1] for part in parts], 1))
         for p in parts[0].share_before:
             joined.share_before[p] = torch.stack([part.share_before[p] for part in parts], 1)
-        bad = [p.first_nonfinite for p in parts if p.first_nonfinite] + _nonfinite_loss(loss, self.start)
-        joined.first_nonfinite = min(bad, key=lambda b: b["token"], default=None)
+        known = loss.clone()
+        if self.start == 0:
+            known[:, 0] = 0  # there is nothing to predict it from
+        joined.nonfinite = torch.stack([*(p.nonfinite for p in parts), _first_nonfinite([known[..., None]])])
         return joined
 
     def _edited(self, layer: int, call: Call) -> Recurrence:
@@ -251,7 +259,7 @@ class _Segment:
             steps=thin(picked, self.watch.window),
             loss=torch.empty(0),
             states={p: states[p][:, self.heads] for p in self.watch.snapshots if p in states},
-            first_nonfinite=_first_nonfinite(picked, layer, self.watch.heads, self.start),
+            nonfinite=_first_nonfinite([getattr(picked, name) for name in Steps.__dataclass_fields__]),
         )
         self.layers[layer] = block
         for p in self.watch.probes:
@@ -282,20 +290,40 @@ class _Segment:
         return total + self.carry.log_decay[layer] if layer in self.carry.log_decay else total
 
 
-def _first_nonfinite(steps: Steps, layer: int, heads: tuple[int, ...], start: int) -> dict[str, Any] | None:
-    found: list[dict[str, Any]] = []
-    for name in Steps.__dataclass_fields__:
-        bad = ~torch.isfinite(getattr(steps, name))
-        if bad.any():
-            sequence, token, head = min(bad.nonzero().tolist(), key=lambda at: at[1])
-            place = {"sequence": sequence, "layer": layer, "token": start + token, "head": heads[head]}
-            found.append({"variable": name, **place})
-    return min(found, key=lambda b: b["token"], default=None)
+def _first_nonfinite(values: Sequence[Tensor]) -> Tensor:
+    """Find the first token at which a value is not finite, without waiting for the device.
+
+    Parameters
+    ----------
+    values : sequence of Tensor, (batch, time, heads)
+        Variables of one layer.
+
+    Returns
+    -------
+    Tensor, (2,), int64
+        The token (the number of tokens if there is none), and which of its values it is, in the order
+        (variable, batch, head).
+    """
+    time = values[0].shape[1]
+    spoilt = ~torch.isfinite(sum(values, torch.zeros_like(values[0]))).all(2).all(0)
+    index = torch.arange(time, device=spoilt.device)
+    token = torch.where(spoilt, index, time).amin(0, keepdim=True)
+    there = torch.stack([v.index_select(1, token.clamp(max=time - 1)) for v in values]).flatten()
+    place = torch.arange(there.numel(), device=there.device)
+    which = torch.where(torch.isfinite(there), there.numel(), place).amin(0, keepdim=True)
+    return torch.cat([token, which])
 
 
-def _nonfinite_loss(loss: Tensor, start: int) -> list[dict[str, Any]]:
-    bad = ~torch.isfinite(loss)
-    if start == 0:
-        bad[:, 0] = False
-    found = [{"variable": "loss", "sequence": s, "token": start + t} for s, t in bad.nonzero().tolist()]
-    return sorted(found, key=lambda b: b["token"])[:1]
+def place_of_nonfinite(block: Block, watch: Watch, start: int) -> dict[str, Any] | None:
+    """Name the first value of a block, in token order, that is not finite; the block is on the host."""
+    names = (*Steps.__dataclass_fields__,)
+    token, row = min((int(token), row) for row, (token, _) in enumerate(block.nonfinite.tolist()))
+    if token == block.loss.shape[1]:
+        return None
+    which = int(block.nonfinite[row, 1])
+    if row == len(watch.layers):
+        return {"variable": "loss", "sequence": which, "token": start + token}
+    rest, head = divmod(which, len(watch.heads))
+    variable, sequence = divmod(rest, block.loss.shape[0])
+    place = {"sequence": sequence, "layer": watch.layers[row], "token": start + token}
+    return {"variable": names[variable], **place, "head": watch.heads[head]}

@@ -40,7 +40,7 @@ def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
         If it is no record, a newer one, or a damaged one; says what is missing.
     """
     root = _validated(store)
-    attributes = dict(root.attrs)
+    attributes: dict[str, Any] = dict(root.attrs)
     committed, watch = int(attributes["committed"]), json.loads(attributes["watch"])
     names = [g for g in GROUPS if g in REQUIRED or watch[g]]
     for name in names:
@@ -48,7 +48,7 @@ def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
     tree = {"/": xr.Dataset(attrs=attributes)}
     for name in names:
         dataset = xr.open_zarr(store, group=name, consolidated=False, chunks=chunks)
-        tree[f"/{name}"] = _trim(dataset, committed)
+        tree[f"/{name}"] = _trim(dataset[list(group_variables(name, watch["window"]))], committed)
     return xr.DataTree.from_dict(tree)
 
 
@@ -65,8 +65,8 @@ def _validated(store: Any) -> zarr.Group:
         raise ValueError(f"store={str(store)!r} is a Zarr group but no record: schema_version is missing")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(
-            f"store={str(store)!r} has schema_version {version}; this statescope reads up to {SCHEMA_VERSION}:"
-            " upgrade it"
+            f"store={str(store)!r} has schema_version {version}; this statescope reads up to"
+            f" {SCHEMA_VERSION}: upgrade it"
         )
     missing = [name for name in ROOT_ATTRIBUTES if name not in attributes]
     if missing:
@@ -80,7 +80,7 @@ def _check_group(root: zarr.Group, group: str, window: int, store: Any) -> None:
     wanted = variables | {d: COORDINATES[d] for v in variables.values() for d in v.dims}
     for name, variable in wanted.items():
         try:
-            array = root[group][name]  # type: ignore[index]
+            array: Any = root[f"{group}/{name}"]
         except (KeyError, ValueError) as error:
             raise ValueError(f"store={str(store)!r} lacks {group}/{name}; {DAMAGED}") from error
         dims = getattr(array.metadata, "dimension_names", None)

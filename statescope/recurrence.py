@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ class Recurrence:
         """Convert every tensor to one floating dtype."""
         return Recurrence(**{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
 
-    def replace(self, **fields: Tensor | None) -> Recurrence:
+    def replace(self, **fields: Any) -> Recurrence:
         """Return a validated copy with some fields replaced, as an ``edit`` does."""
         return dataclasses.replace(self, **fields)
 

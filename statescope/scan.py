@@ -13,8 +13,8 @@ from statescope.recurrence import Recurrence
 
 __all__ = ["BACKENDS", "Kernel", "ScanOutput", "Steps", "choose", "probe", "scan"]
 
-BACKENDS = ("chunked", "reference")
-"""Kernels by name, the preferred first."""
+BACKENDS = ("fused", "chunked", "reference")
+"""Kernels by name, the preferred first: Triton on a GPU, torch, float64 token by token."""
 
 
 def choose(recurrence: Recurrence, backend: str = "auto") -> str:
@@ -25,7 +25,8 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
     recurrence : Recurrence
         What is to be run.
     backend : str
-        ``"auto"`` for the first of :data:`BACKENDS` that serves it, or one of them by name.
+        ``"auto"`` for the first of :data:`BACKENDS` that serves it (``"fused"`` on a GPU only, never in
+        Triton's interpreter), or one of them by name.
 
     Raises
     ------
@@ -33,8 +34,8 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
         If the name is unknown or the named kernel does not serve this recurrence; says why.
     """
     if backend == "auto":
-        reasons = {name: _kernel(name).supports(recurrence) for name in BACKENDS}
-        return next(name for name, reason in reasons.items() if reason is None)
+        names = BACKENDS if recurrence.v.is_cuda else BACKENDS[1:]
+        return next(name for name in names if _kernel(name).supports(recurrence) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of: auto, {', '.join(BACKENDS)}")
     reason = _kernel(backend).supports(recurrence)

@@ -60,9 +60,13 @@ GROUPS: dict[str, dict[str, Variable]] = {
     },
     "probes": {
         "contribution": Variable(PER_PROBE, "norm of what survives of this token's write at the probe", "1"),
-        "share": Variable(PER_PROBE, "signed share of this token's write in the state's energy at the probe", "1"),
+        "share": Variable(
+            PER_PROBE, "signed share of this token's write in the state's energy at the probe", "1"
+        ),
         "share_before": Variable(
-            ("sequence", "layer", "probe", "head"), "share of everything written before the probe's reach", "1"
+            ("sequence", "layer", "probe", "head"),
+            "share of everything written before the probe's reach",
+            "1",
         ),
     },
 }

@@ -30,7 +30,7 @@ from statescope.schema import COORDINATES, SCHEMA_VERSION, Variable, group_varia
 StoreLike = str | Path | Store
 
 SHARD_BYTES = 64 * 2**20
-"""Upper bound of one variable's shard, uncompressed; with :data:`SHARD_TOKENS` it sets how often a trace commits."""
+"""Upper bound of one variable's shard, uncompressed."""
 
 SHARD_TOKENS = 16384
 """Upper bound of the tokens between two commits."""
@@ -305,7 +305,9 @@ def _named_errors(store: StoreLike, committed: int | None = None) -> Iterator[No
         remedy = "free some space" if full else "choose a place that can be written"
         if committed:
             remedy += f"; its first {committed} tokens are safe: run the same call again to go on from there"
-        raise OSError(error.errno, f"store={str(store)!r} cannot be written ({error.strerror}): {remedy}") from error
+        raise OSError(
+            error.errno, f"store={str(store)!r} cannot be written ({error.strerror}): {remedy}"
+        ) from error
 
 
 def as_place(store: Any) -> Path | Store:

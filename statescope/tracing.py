@@ -13,10 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from zarr.storage import MemoryStore
@@ -25,9 +23,10 @@ from statescope import record
 from statescope.capture import mixers
 from statescope.carry import Carry
 from statescope.models import as_device, as_dtype, load
-from statescope.reader import Anatomy, Block, Edit, Reader, survey
+from statescope.reader import Anatomy, Edit, Reader, survey
+from statescope.recorder import Recorder
 from statescope.scan import BACKENDS
-from statescope.schema import SCHEMA_VERSION, group_variables
+from statescope.schema import SCHEMA_VERSION
 from statescope.store import Layout, RecordWriter, StoreLike, as_place, claim, shard_tokens
 from statescope.tokens import to_token_ids
 from statescope.watch import Probes, Watch
@@ -87,8 +86,8 @@ def trace(
         result does not depend on it. Default 2048.
     backend : str
         ``"auto"``: the model's own scan computes its outputs, ours only measures; with ``edit``, ours
-        computes both. ``"model"``: never ours. A kernel's name (``"chunked"``, ``"reference"``): that
-        kernel computes outputs and measurements, which is faster on a CPU; outputs then agree to rounding.
+        computes both. ``"model"``: never ours. A kernel's name (``"fused"``, ``"chunked"``, ``"reference"``):
+        it computes outputs and measurements, which is faster on a CPU; outputs then agree to rounding.
     device, dtype : optional
         Where and in which floating dtype to load a model that is given by name.
     train_length : int, optional
@@ -209,7 +208,7 @@ class _Plan:
             "outputs": "model" if self.own_outputs else "statescope",
             "edit": _name_of(self.edit),
             "segment": self.segment,
-            "versions": _versions(),
+            "versions": versions(),
             "watch": self.watch.to_json(),
             "tokens": self.ids.shape[1],
             "first_nonfinite": None,
@@ -223,7 +222,9 @@ class _Plan:
         for name, parameter in self.model.state_dict().items():
             sample = parameter.detach().flatten()
             sample = sample[:: max(1, len(sample) // 64)].double().cpu()
-            hashed.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode() + sample.numpy().tobytes())
+            hashed.update(
+                f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode() + sample.numpy().tobytes()
+            )
         settings = [
             asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
             tuple(self.ids.shape), config.to_json_string(),
@@ -243,16 +244,15 @@ def _run(plan: _Plan, writer: RecordWriter, progress: bool | None) -> None:
         bar.update(carry.position * len(plan.ids))
         if ahead:
             carry = _read_ahead(plan, reader, ahead, bar)
-        first = writer.attributes["first_nonfinite"]
-        pending = _Pending(plan, carry.position, {"first_nonfinite": first} if first else None)
-        while carry.position < tokens:
-            start, stop = carry.position, plan.stop_after(carry.position)
-            pending.add(reader.read(carry, stop))
-            if stop % plan.layout.shard == 0 or stop == tokens:
-                pending.write(writer, stop)
-                writer.commit(stop, None if stop == tokens else carry.to_bytes(), **pending.news)
-                pending = _Pending(plan, stop, pending.news)
-            bar.update((stop - start) * len(plan.ids))
+        with Recorder(writer, plan.watch, carry.position) as recorder:
+            while carry.position < tokens:
+                start, stop = carry.position, plan.stop_after(carry.position)
+                recorder.add(reader.read(carry, stop))
+                if stop == tokens:
+                    recorder.commit(stop, None)
+                elif stop % plan.layout.shard == 0:
+                    recorder.commit(stop, carry.freeze())
+                bar.update((stop - start) * len(plan.ids))
 
 
 def _tokens_to_read_ahead(plan: _Plan) -> int:
@@ -272,71 +272,20 @@ def _read_ahead(plan: _Plan, reader: Reader, tokens: int, bar: Any) -> Carry:
     return carry
 
 
-class _Pending:
-    """Blocks that wait for a whole shard."""
-
-    def __init__(self, plan: _Plan, start: int, news: Mapping[str, Any] | None = None) -> None:
-        self.plan, self.start = plan, start
-        self.blocks: list[dict[str, Any]] = []
-        self.news: dict[str, Any] = dict(news or {})
-
-    def add(self, block: Block) -> None:
-        if block.first_nonfinite and not self.news:
-            self.news["first_nonfinite"] = block.first_nonfinite
-        self.blocks.append(
-            {
-                "steps": {name: _to_numpy(x) for name, x in block.steps.items()},
-                "loss": _to_numpy(block.loss),
-                "states": {p: _to_numpy(x) for p, x in block.states.items()},
-                "contribution": {p: (at, _to_numpy(x)) for p, (at, x) in block.contribution.items()},
-                "share": {p: (at, _to_numpy(x)) for p, (at, x) in block.share.items()},
-                "share_before": {p: _to_numpy(x) for p, x in block.share_before.items()},
-            }
-        )
-
-    def write(self, writer: RecordWriter, stop: int) -> None:
-        window, watch = self.plan.watch.window, self.plan.watch
-        entries = slice(self.start // window, -(-stop // window))
-        for name in group_variables("steps", window):
-            values = np.concatenate([b["steps"][name] for b in self.blocks], axis=2)
-            writer.write(f"steps/{name}", values, token=entries)
-        loss = np.concatenate([b["loss"] for b in self.blocks], axis=1)
-        writer.write("tokens/loss", loss, token=slice(self.start, stop))
-        states = {p: x for b in self.blocks for p, x in b["states"].items()}
-        if states:
-            first = watch.snapshots.index(min(states))
-            stacked = np.stack([states[p] for p in sorted(states)], axis=2)
-            writer.write("snapshots/state", stacked, position=slice(first, first + len(states)))
-        for i, p in enumerate(watch.probes):
-            self._write_probe(writer, i, p)
-
-    def _write_probe(self, writer: RecordWriter, index: int, p: int) -> None:
-        probe = slice(index, index + 1)
-        for name in ("contribution", "share"):
-            parts = [b[name][p] for b in self.blocks if p in b[name]]
-            if parts:
-                values = np.concatenate([x for _, x in parts], axis=2)[:, :, None]
-                token = slice(parts[0][0], parts[0][0] + values.shape[3])
-                writer.write(f"probes/{name}", values, probe=probe, token=token)
-        for block in self.blocks:
-            if p in block["share_before"]:
-                writer.write("probes/share_before", block["share_before"][p][:, :, None], probe=probe)
-
-
-def _to_numpy(x: Tensor) -> NDArray[np.float32]:
-    return x.to(torch.float32).cpu().numpy()
-
-
 def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]:
     if isinstance(model, str | Path):
         return load(model, device=device, dtype=dtype), str(model)
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise TypeError(f"model is a {type(model).__name__}; expected a transformers model, a name or a folder")
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a transformers model, a name or a folder"
+        )
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first")
     first = next(model.parameters())
     if device is not None and as_device(device).type != first.device.type:
-        raise ValueError(f"device={device!r}, but the model is on {first.device}; move the model, or pass its name")
+        raise ValueError(
+            f"device={device!r}, but the model is on {first.device}; move the model, or pass its name"
+        )
     if dtype is not None and as_dtype(dtype) != first.dtype:
         raise ValueError(f"dtype={dtype!r}, but the model is in {first.dtype}; convert it, or pass its name")
     return model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -344,7 +293,9 @@ def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]
 
 def _kernel_choice(backend: str, edit: Edit | None) -> str:
     if backend == "model" and edit is not None:
-        raise ValueError("backend='model' leaves the scan to the model, which an edit cannot reach; use 'auto'")
+        raise ValueError(
+            "backend='model' leaves the scan to the model, which an edit cannot reach; use 'auto'"
+        )
     if backend not in ("auto", "model", *BACKENDS):
         raise ValueError(f"backend={backend!r} is unknown; choose one of: auto, model, {', '.join(BACKENDS)}")
     if edit is not None and not callable(edit):
@@ -364,7 +315,8 @@ def _name_of(function: Any) -> str | None:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "triton", "mamba-ssm", "numpy", "zarr", "xarray"):
         try:

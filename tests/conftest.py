@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports triton: kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SHARED = Path(os.environ.get("STATESCOPE_SHARED", Path(__file__).parents[2] / "shared"))
 """Oracles, checkpoints and texts that are not part of the project."""
 

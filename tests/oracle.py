@@ -38,13 +38,24 @@ def run(folder: Path, ids: NDArray[np.int64], keep: tuple[int, ...] = ()) -> tup
     traces = []
     for i in range(config["n_layer"]):
         p = f"backbone.layers.{i}."
-        y, trace = _mixer(_rms(x, w[p + "norm.weight"]), {k: w[p + "mixer." + k] for k in _NAMES}, config, keep)
+        y, trace = _mixer(
+            _rms(x, w[p + "norm.weight"]), {k: w[p + "mixer." + k] for k in _NAMES}, config, keep
+        )
         x = x + y
         traces.append(trace)
     return _rms(x, w["backbone.norm_f.weight"]) @ w["backbone.embedding.weight"].T, traces
 
 
-_NAMES = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "A_log", "dt_bias", "D", "norm.weight", "out_proj.weight")
+_NAMES = (
+    "in_proj.weight",
+    "conv1d.weight",
+    "conv1d.bias",
+    "A_log",
+    "dt_bias",
+    "D",
+    "norm.weight",
+    "out_proj.weight",
+)
 
 
 def _mixer(u: Array, w: dict[str, Array], config: dict, keep: tuple[int, ...]) -> tuple[Array, LayerTrace]:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from statescope.carry import cache_keyword
+from statescope.carry import Carry, cache_keyword
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 QUESTION = "What is the passkey? The passkey is"
@@ -105,7 +104,7 @@ def answer(model: nn.Module, ids: Tensor, new_tokens: int, segment: int = 4096) 
     """
     keyword = cache_keyword(model)
     device = next(model.parameters()).device
-    cache = DynamicCache(config=model.config)
+    cache = Carry.fresh(model).cache
     fed, position = ids.to(device), 0
     chosen: list[Tensor] = []
     with torch.no_grad():

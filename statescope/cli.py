@@ -1,0 +1,218 @@
+"""The command line: ``statescope trace | info | demo | bench``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Look inside the recurrent state of a language model while it reads.",
+)
+
+Integers = Annotated[str | None, typer.Option(help="Integers or ranges, such as 0,3,8:12 or 127:4096:128.")]
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="A bundled checkpoint, a folder or a hub id.")],
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT_OR_FILE", help="A text, a UTF-8 file, or - for standard input.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the record.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Hub id, folder, tokenizer.json or bytes.")] = None,
+    layers: Integers = None,
+    heads: Integers = None,
+    snapshots: Integers = None,
+    probes: Integers = None,
+    reach: Annotated[
+        int | None, typer.Option(help="Tokens before each probe that get a share. Default: all.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per entry of /steps.")] = 1,
+    segment: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, model, or the name of a kernel.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    train_length: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a record that is there.")] = False,
+) -> None:
+    """Read a text with a model and record its recurrent states."""
+    with _plain_errors():
+        content = _read(text)
+        import statescope
+
+        spans = {"layers": layers, "heads": heads, "snapshots": snapshots, "probes": probes}
+        chosen = {name: _integers(name, span) for name, span in spans.items()}
+        if chosen["probes"] is not None:
+            chosen["probes"] = statescope.Probes(chosen["probes"], reach)
+        statescope.trace(
+            model,
+            content,
+            tokenizer=tokenizer,
+            store=output,
+            window=window,
+            segment=segment,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            train_length=train_length,
+            overwrite=overwrite,
+            **chosen,
+        )
+        _describe(output)
+
+
+@app.command()
+def info(store: Annotated[Path, typer.Argument(help="A record.")]) -> None:
+    """Say what a record holds."""
+    with _plain_errors():
+        _describe(store)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for records and picture.")] = Path(
+        "demo"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace records that are there.")] = False,
+) -> None:
+    """Trace passkeys inside and beyond the training length with the bundled checkpoints."""
+    with _plain_errors():
+        from statescope.experiments import demo as demonstration
+
+        demonstration.run(output, overwrite=overwrite, say=typer.echo)
+
+
+@app.command()
+def bench(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Result file (JSON).")] = Path("bench.json"),
+    shapes: Annotated[str, typer.Option(help="Model shapes: 130M, 370M, 1.3B, 2.7B.")] = "370M",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens, such as 2048,65536; the last is read end to end.")
+    ] = "8192",
+    rounds: Annotated[int, typer.Option(help="Timed rounds of every contestant.")] = 5,
+    end_to_end: Annotated[bool, typer.Option(help="Time whole models too.")] = True,
+) -> None:
+    """Verify the kernels here, then time them beside their peers."""
+    with _plain_errors():
+        from statescope.experiments import bench as benchmark
+
+        names = shapes.split(",")
+        unknown = [name for name in names if name not in benchmark.SHAPES]
+        if unknown:
+            raise ValueError(f"shapes names {unknown[0]!r}; choose from {', '.join(benchmark.SHAPES)}")
+        result = benchmark.run(names, _integers("lengths", lengths), rounds, typer.echo, end_to_end)
+        benchmark.save(result, output)
+        typer.echo(f"\nresult: {output}")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Show what a user can mend as one line, without a traceback, and nothing of transformers' advice."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("stopped; run the same command again to go on from the last commit", err=True)
+        raise typer.Exit(130) from error
+
+
+def _read(text: str) -> str:
+    if text == "-":
+        return sys.stdin.read()
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):  # a text too long, or of characters no path has
+        is_file = False
+    if not is_file:
+        return text
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: {text} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _integers(name: str, given: str | None) -> Any:
+    """Read ``0,3,8:12``: integers and ranges with Python's meaning."""
+    if given is None:
+        return None
+    found: list[int] = []
+    try:
+        for part in given.split(","):
+            bounds = [int(x) if x else None for x in part.split(":")]
+            if len(bounds) == 1 and bounds[0] is not None:
+                found.append(bounds[0])
+            elif len(bounds) in (2, 3) and bounds[1] is not None:
+                found.extend(range(bounds[0] or 0, bounds[1], (bounds[2:] or [1])[0] or 1))
+            else:
+                raise ValueError(part)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}={given!r}; expected integers or start:stop[:step], such as 0,3,8:12"
+        ) from error
+    return found
+
+
+def _describe(store: Path) -> None:
+    import statescope
+
+    record: Any = statescope.open(store)
+    a, sizes = record.attrs, record["steps"].sizes
+    state = (
+        "complete" if a["complete"] else f"interrupted after {a['committed']:,} tokens; trace again to go on"
+    )
+    files = [p for p in store.rglob("*") if p.is_file()]
+    size = sum(p.stat().st_size for p in files) / 2**20
+    window, length = json.loads(a["watch"])["window"], a["train_length"] or "unknown"
+    outputs = "the model's own scan" if a["outputs"] == "model" else f"the {a['backend']} kernel"
+    lines = {
+        "record": f"{store} ({size:.1f} MiB, {len(files)} files), {state}",
+        "model": f"{a['model_id']} ({a['model_type']}, {a['dtype']}, training length {length})",
+        "text": f"{sizes['sequence']} x {a['tokens']:,} tokens, mean loss {_mean_loss(record)}",
+        "steps": f"{sizes['layer']} layers x {sizes['head']} heads, tokens per entry: {window}",
+        "outputs": f"by {outputs}, in segments of {a['segment']:,} tokens",
+        "measured": f"by the {a['backend']} kernel",
+        "created": f"{a['created_at']} by statescope {a['statescope_version']}",
+    }
+    for group, dim in (("snapshots", "position"), ("probes", "probe")):
+        if group in record:
+            lines[group] = ", ".join(str(p) for p in record[group][dim].values[:12])
+    if a.get("first_nonfinite"):
+        lines["non-finite"] = f"first at {a['first_nonfinite']}"
+    for name, line in lines.items():
+        typer.echo(f"{name:12} {line}")
+    _summarise(record)
+
+
+def _mean_loss(record: Any) -> str:
+    loss = float(record["tokens"]["loss"].mean())
+    return "unknown" if loss != loss else f"{loss:.3f} nat"
+
+
+def _summarise(record: Any) -> None:
+    """Print the mean of every variable of /steps by layer."""
+    steps = record["steps"]
+    if not steps.sizes["token"]:
+        return
+    means = {name: steps[name].mean(("sequence", "token", "head")) for name in steps.data_vars}
+    typer.echo("\nmean over tokens and heads")
+    typer.echo(f"{'layer':>5} " + " ".join(f"{name:>14}" for name in means))
+    for i, layer in enumerate(steps["layer"].values):
+        typer.echo(f"{layer:>5} " + " ".join(f"{float(m[i]):>14.4g}" for m in means.values()))
+
+
+if __name__ == "__main__":
+    app()

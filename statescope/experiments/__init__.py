@@ -1,0 +1,1 @@
+"""Experiments: they ask models questions and trace them while they answer."""

@@ -1,0 +1,91 @@
+"""Compile the fused kernels ahead of time, without a GPU, and print what they use as JSON.
+
+Run on its own, because the interpreter that the other tests switch on cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from statescope.kernels import fused, fused_kernels
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+INTEGERS = {"TIME": "i32", "PADDED": "i32", "CHUNKS": "i32", "LENGTH": "i32", "SPANS": "i32", "BATCH": "i32"}
+HEADS = {"HEADS": 80, "GROUPS": 1, "KEY": 128, "VALUE": 64}
+
+
+def source(name: str, tiling: fused.Tiling, dtype: str, bulk: bool, **constants: Any) -> ASTSource:
+    """Describe a kernel for 80 heads of 128 keys and 64 values, every pointer aligned."""
+    kernel = getattr(fused_kernels, name)
+    shapes = {"q": tiling.keys, "k": tiling.keys, "v": tiling.values, "y": tiling.values}
+    constants |= HEADS | {"L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values}
+    constants |= {"BF16": dtype == "bf16", "BULK": bulk}
+    signature, attributes = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in shapes and bulk:
+            signature[argument] = f"tensordesc<{dtype}[{tiling.chunk}, {shapes[argument]}]>"
+        elif argument in INTEGERS or re.fullmatch("[qkv]_[btgh]", argument):
+            signature[argument] = "i32"
+            if argument not in INTEGERS or argument == "PADDED":
+                attributes[i,] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = f"*{dtype}" if argument in shapes else "*fp32"
+            attributes[i,] = [["tt.divisibility", 16]]
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def usage(compiled: Any, backend: str) -> dict[str, int]:
+    """Read registers, bytes of shared memory and spills off the compiled kernel."""
+    if backend == "hip":
+        numbers = {k: int(v) for k, v in re.findall(r"\.(vgpr_\w+):\s+(\d+)", compiled.asm["amdgcn"])}
+        spilled = 4 * numbers["vgpr_spill_count"]
+        return {"registers": numbers["vgpr_count"], "shared": compiled.metadata.shared, "spilled": spilled}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return {"registers": int(registers), "shared": compiled.metadata.shared, "spilled": int(stack)}
+
+
+def main() -> None:
+    """Compile every kernel that walks, for every target asked for."""
+    read = {"OUTPUTS": True, "MEASURE": True, "HAS_SKIP": True}
+    write = {"CUT": False, "MEASURE": True}
+    results = {}
+    for target in sys.argv[1:]:
+        backend, arch = ("hip", target) if target.startswith("gfx") else ("cuda", int(target[3:]))
+        where = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
+        for dtype in ("bf16", "fp32"):
+            tiling = fused._tiling(HEADS["KEY"], HEADS["VALUE"], dtype == "bf16", target == "sm_90")
+            bulk = dtype == "bf16" and target == "sm_90"
+            common = {"PRECISION": "ieee" if backend == "hip" else "tf32x3"}
+            for label, constants, stages, options in (
+                ("read", read, tiling.read_stages, {"num_warps": tiling.read_warps}),
+                ("write", write, tiling.write_stages, {"num_warps": tiling.write_warps}),
+            ):
+                if label == "write" and bulk:
+                    options["maxnreg"] = tiling.write_registers
+                described = source(
+                    f"{label}_spans", tiling, dtype, bulk, **common, **constants, STAGES=stages
+                )
+                compiled = triton.compile(described, target=where, options=options)
+                results[f"{label} {dtype} {target}"] = usage(compiled, backend)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

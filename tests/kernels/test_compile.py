@@ -1,0 +1,56 @@
+"""What the fused kernels use, compiled ahead of time for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+
+BOUNDS = {
+    # kernel, inputs, target: registers of a thread, bytes of shared memory, bytes spilled by a thread
+    "read bf16 sm_90": (255, 113_000, 256),  # two programs share a multiprocessor: 227 KiB, 64 Ki registers
+    "write bf16 sm_90": (168, 76_500, 64),  # three
+    "read fp32 sm_90": (255, 34_000, 1600),
+    "write fp32 sm_90": (168, 34_000, 0),
+    "read bf16 sm_80": (255, 48_000, 64),
+    "write bf16 sm_80": (168, 48_000, 0),
+    "read fp32 sm_80": (255, 34_000, 1600),
+    "write fp32 sm_80": (168, 34_000, 0),
+    "read bf16 gfx942": (256, 34_000, 1024),
+    "write bf16 gfx942": (128, 34_000, 0),
+    "read fp32 gfx942": (512, 34_000, 64),
+    "write fp32 gfx942": (128, 34_000, 0),
+}
+"""A change that breaks one of these costs occupancy or sends the state through memory."""
+
+
+@pytest.fixture(scope="module")
+def used() -> dict[str, dict[str, int]]:
+    targets = sorted({name.split()[-1] for name in BOUNDS})
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *targets], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode != 0 and any(word in done.stderr for word in ("ptxas", "target", "backend")):
+        pytest.skip(f"this triton does not compile for {targets}: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_fits(name: str, used: dict[str, dict[str, int]]) -> None:
+    registers, shared, spilled = BOUNDS[name]
+    got = used[name]
+    assert got["registers"] <= registers
+    assert got["shared"] <= shared
+    assert got["spilled"] <= spilled

@@ -1,0 +1,171 @@
+"""The fused kernel against stepping in float64: on the GPU if there is one, else in triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
+
+from statescope.kernels import fused, reference
+from statescope.kernels.interface import ScanOutput
+from statescope.recurrence import Recurrence
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Case(72, heads=2, initial=True, dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill fresh memory with what cannot pass for a result."""
+    real = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = real(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 12345)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    yield
+
+
+def check(r: Recurrence, got: ScanOutput, positions: Sequence[int]) -> None:
+    dtype = r.v.dtype
+    want = reference.scan(r, positions=positions)
+    if got.y is not None:
+        assert got.y.dtype == dtype and got.y.shape == r.v.shape
+        assert relative(got.y, want.y) <= OUTPUTS[dtype]
+    if got.steps is not None:
+        for name, error in errors(
+            got.steps, want.steps, r.start_state(torch.float64).norm(dim=(-2, -1))
+        ).items():
+            assert getattr(got.steps, name).dtype == torch.float32
+            assert error.max() <= WORST[dtype], name
+            assert error.square().mean().sqrt() <= RMS[dtype], name
+    assert got.states.shape == want.states.shape and got.final_state.dtype == torch.float32
+    assert relative(got.final_state, want.final_state) <= STATES[dtype]
+    if positions:
+        assert relative(got.states, want.states) <= STATES[dtype]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_stepping(case: Case) -> None:
+    r = draw(case, DEVICE)
+    positions = (case.time - 1, 0, case.time // 2)
+    check(r, fused.scan(r, positions=positions), positions)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="too long for the interpreter")
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+def test_matches_stepping_for_long(case: Case) -> None:
+    r = draw(case, DEVICE)
+    positions = (case.time - 2, 500, 64, 63)
+    check(r, fused.scan(r, positions=positions), positions)
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_spans_of_several_chunks(programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "PROGRAMS", programs)
+    time = 270 if dtype == torch.bfloat16 else 75
+    r = draw(Case(time, heads=1, initial=True, dtype=dtype), DEVICE)
+    positions = (70, time // 2, time - 2)
+    check(r, fused.scan(r, positions=positions), positions)
+
+
+@pytest.mark.parametrize("outputs", [True, False])
+@pytest.mark.parametrize("measure", [True, False])
+def test_parts_on_request(outputs: bool, measure: bool) -> None:
+    r = draw(SMALL, DEVICE)
+    got = fused.scan(r, outputs=outputs, measure=measure)
+    assert (got.y is not None, got.steps is not None) == (outputs, measure)
+    check(r, got, ())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU takes bulk copies by itself")
+@pytest.mark.parametrize("time", [128, 90])
+def test_bulk_copies(time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    monkeypatch.setattr(fused, "_bulk_copies", lambda _: True)
+    r = draw(dataclasses.replace(SMALL, time=time), DEVICE)
+    check(r, fused.scan(r, positions=(70,)), (70,))
+
+
+def test_any_layout() -> None:
+    r = draw(SMALL, DEVICE)
+    twisted = {
+        name: getattr(r, name).movedim(1, -1).contiguous().movedim(-1, 1)
+        for name in ("q", "k", "v", "log_decay", "write_scale")
+    }
+    twisted["initial_state"] = r.initial_state.mT.contiguous().mT
+    check(r, fused.scan(r.replace(**twisted), positions=(9,)), (9,))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, float("nan")) for field in ("q", "k", "v", "log_decay", "write_scale")] + [("v", float("inf"))],
+)
+def test_a_spoiled_token_reaches_no_earlier_one(field: str, value: float) -> None:
+    token, r = 70, draw(SMALL, DEVICE)
+    spoiled = getattr(r, field).clone()
+    spoiled[:, token, 0].view(-1)[0] = value
+    got = fused.scan(r.replace(**{field: spoiled}), positions=(69,))
+    clean = fused.scan(r, positions=(69,))
+    if field not in ("q", "k"):  # which the heads share
+        assert torch.equal(got.y[:, :, 1:], clean.y[:, :, 1:])
+    assert relative(got.y[:, :token], clean.y[:, :token].double()) < 1e-2
+    assert not torch.isfinite(got.y[:, token:, 0]).all()
+    assert torch.equal(got.states, clean.states)
+    for step in dataclasses.fields(clean.steps):
+        before, after = (getattr(x.steps, step.name)[:, :token] for x in (got, clean))
+        assert torch.equal(before, after), step.name
+    if field != "q":
+        assert not torch.isfinite(got.steps.state_norm[:, token:, 0]).any()
+        assert not torch.isfinite(got.final_state[:, 0]).all()
+
+
+def test_forgetting_everything() -> None:
+    r = draw(SMALL, DEVICE)
+    log_decay = r.log_decay.clone()
+    log_decay[:, 40] = -torch.inf
+    log_decay[:, 66:68] = -1e4
+    got = fused.scan(r.replace(log_decay=log_decay))
+    want = reference.scan(r.replace(log_decay=log_decay))
+    assert relative(got.y, want.y) <= OUTPUTS[r.v.dtype]
+    for name in ("write_norm", "state_norm", "state_mean", "write_overlap"):
+        torch.testing.assert_close(
+            getattr(got.steps, name).double(), getattr(want.steps, name), rtol=2e-3, atol=1e-3
+        )
+
+
+def test_same_twice() -> None:
+    r = draw(SMALL, DEVICE)
+    first, second = fused.scan(r), fused.scan(r)
+    assert torch.equal(first.y, second.y) and torch.equal(first.final_state, second.final_state)
+    assert torch.equal(first.steps.state_norm, second.steps.state_norm)
+
+
+def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    r = draw(SMALL, DEVICE)
+    assert fused.supports(r) is None
+    per_key = r.log_decay[..., None].expand(*r.log_decay.shape, r.key).contiguous()
+    erase = torch.zeros(1, r.time, r.heads, r.key, device=DEVICE)
+    assert "per key" in fused.supports(r.replace(log_decay=per_key))
+    assert "erase" in fused.supports(r.replace(a=erase, b=erase))
+    assert "float64" in fused.supports(r.to(torch.float64))
+    assert "257" in fused.supports(draw(Case(1, value=257), DEVICE))
+    with pytest.raises(ValueError, match="per key"):
+        fused.scan(r.replace(log_decay=per_key))
+    monkeypatch.setattr(fused, "_interpreted", lambda: False)
+    assert "not on a GPU" in fused.supports(Recurrence(**{n: t.cpu() for n, t in r.tensors().items()}))

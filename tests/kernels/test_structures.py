@@ -1,0 +1,263 @@
+"""Every structure of the recurrence: stepping against closed forms, chunks against stepping."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from statescope.kernels import chunked, reference
+from statescope.kernels.interface import ScanOutput, Steps
+from statescope.recurrence import Recurrence
+
+STRUCTURES = ("scalar", "per_key", "erase", "per_key_erase")
+LENGTHS = (1, 63, 64, 65, 1000)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
+"""Of chunks against stepping on the same (rounded) inputs, over the root mean square of the truth."""
+
+
+def draw(
+    structure: str = "scalar",
+    time: int = 65,
+    initial: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    batch: int = 2,
+    heads: int = 6,
+    groups: int = 3,
+    key: int = 5,
+    value: int = 7,
+) -> Recurrence:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    per_head = (batch, time, heads)
+    gate = normal(*per_head, key) if structure.startswith("per_key") else normal(*per_head)
+    unit = torch.nn.functional.normalize(normal(*per_head, key), dim=-1)
+    beta = normal(*per_head).sigmoid()[..., None]
+    erases = structure.endswith("erase")
+    r = Recurrence(
+        q=normal(batch, time, groups, key),
+        k=normal(batch, time, groups, key),
+        v=normal(*per_head, value),
+        log_decay=-torch.nn.functional.softplus(gate - 2),
+        write_scale=normal(*per_head).exp(),
+        a=-beta * unit if erases else None,
+        b=unit if erases else None,
+        initial_state=normal(batch, heads, key, value) if initial else None,
+        skip=normal(heads),
+    )
+    return r.to(dtype)
+
+
+def fields(output: ScanOutput) -> dict[str, Tensor]:
+    steps = output.steps
+    assert steps is not None and output.y is not None
+    named = {name: getattr(steps, name) for name in Steps.__dataclass_fields__}
+    return named | {"y": output.y, "final_state": output.final_state, "states": output.states}
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    for name, truth in want.items():
+        assert got[name].shape == truth.shape, name
+        if truth.numel():
+            scale = truth.square().mean().sqrt().clamp(min=0.1)
+            error = (got[name].double() - truth).square().mean().sqrt() / scale
+            assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory cannot pass for a result."""
+    real = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("time", LENGTHS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_chunks_match_stepping(structure: str, time: int, initial: bool, dtype: torch.dtype) -> None:
+    if structure != "scalar" and (time == 1000 or dtype == torch.bfloat16):
+        time = min(time, 65)  # stepped by both; what is left to differ shows at any length
+    r = draw(structure, time, initial, dtype)
+    positions = sorted({0, time // 2, time - 1})
+    want = reference.scan(r, positions=positions)
+    assert_close(fields(chunked.scan(r, positions=positions)), fields(want), TOLERANCE[dtype])
+    state = want.final_state
+    for got, truth in zip(chunked.probe(r, state), reference.probe(r, state), strict=True):
+        assert (got - truth).abs().max() <= 10 * TOLERANCE[dtype] * truth.abs().max().clamp(min=1.0)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 1), (4, 1, 16, 16), (4, 4, 100, 48), (2, 1, 1, 256), (8, 2, 256, 1)]
+)
+def test_any_size(size: tuple[int, int, int, int]) -> None:
+    heads, groups, key, value = size
+    r = draw(time=130, heads=heads, groups=groups, key=key, value=value, dtype=torch.float32)
+    tolerance = 5 * TOLERANCE[torch.float32]  # a state of one entry can be cancelled almost whole by a write
+    assert_close(fields(chunked.scan(r)), fields(reference.scan(r)), tolerance)
+
+
+def test_longer_than_a_block() -> None:
+    r = draw(time=chunked.BLOCK + 70, initial=True, batch=1, dtype=torch.float32)
+    positions = (3, chunked.BLOCK - 1, chunked.BLOCK, chunked.BLOCK + 69)
+    got, want = (kernel.scan(r, positions=positions) for kernel in (chunked, reference))
+    assert_close(fields(got), fields(want), TOLERANCE[torch.float32])
+
+
+def test_parts_on_request() -> None:
+    r = draw()
+    full = fields(chunked.scan(r))
+    measured = chunked.scan(r, outputs=False)
+    assert measured.y is None
+    assert torch.equal(measured.steps.state_norm, full["state_norm"])
+    plain = chunked.scan(r, measure=False)
+    assert plain.steps is None and torch.equal(plain.y, full["y"])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_nan_reaches_no_earlier_token(structure: str) -> None:
+    r = draw(structure, 40)
+    bad = r.v.clone()
+    bad[1, 20, 2] = torch.nan
+    clean, spoilt = chunked.scan(r), chunked.scan(r.replace(v=bad))
+    for name, want in fields(clean).items():
+        got = fields(spoilt)[name]
+        if name in ("final_state", "states"):
+            continue
+        torch.testing.assert_close(got[0], want[0])
+        torch.testing.assert_close(got[1, :20], want[1, :20])
+    assert spoilt.steps.state_norm[1, 20:, 2].isnan().all()
+
+
+# Closed forms.
+
+
+def test_no_decay_accumulates() -> None:
+    r = draw(initial=True).replace(log_decay=torch.zeros(2, 65, 6, dtype=torch.float64))
+    k = r.k.repeat_interleave(2, 2)
+    want = r.initial_state + torch.einsum("bth,bthk,bthv->bhkv", r.write_scale, k, r.v)
+    torch.testing.assert_close(reference.scan(r).final_state, want)
+
+
+def test_repeated_write_is_a_geometric_series() -> None:
+    one = torch.ones(1, 50, 1, 1, dtype=torch.float64)
+    r = Recurrence(q=one, k=one, v=2 * one, log_decay=np.log(0.9) * one[..., 0])
+    for kernel in (reference, chunked):
+        steps = kernel.scan(r).steps
+        want = 2 * (1 - 0.9 ** torch.arange(1, 51, dtype=torch.float64)) / 0.1
+        torch.testing.assert_close(steps.state_norm[0, :, 0], want)
+        torch.testing.assert_close(steps.state_mean[0, :, 0], want)
+        torch.testing.assert_close(steps.write_overlap[0, 1:, 0], torch.ones(49, dtype=torch.float64))
+
+
+def test_orthogonal_writes_add_in_quadrature() -> None:
+    eye = torch.eye(16, dtype=torch.float64)[None, :, None]
+    r = Recurrence(q=eye, k=eye, v=torch.ones(1, 16, 1, 3), log_decay=torch.zeros(1, 16, 1)).to(torch.float64)
+    for kernel in (reference, chunked):
+        steps = kernel.scan(r).steps
+        torch.testing.assert_close(steps.state_norm[0, :, 0] ** 2, 3 * torch.arange(1.0, 17).double())
+        assert steps.write_overlap.abs().max() == 0
+
+
+def test_unit_key_delta_rule_overwrites() -> None:
+    """With beta = 1 and no decay, reading with the last key gives back the last value."""
+    r = draw("erase")
+    k = torch.nn.functional.normalize(r.k, dim=-1)
+    heads = k.repeat_interleave(2, 2)
+    r = r.replace(
+        q=k, k=k, a=-heads, b=heads, log_decay=torch.zeros_like(r.log_decay), write_scale=None, skip=None
+    )
+    torch.testing.assert_close(reference.scan(r).y, r.v)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_norm_budget(structure: str) -> None:
+    r = draw(structure, 40, initial=True)
+    output = reference.scan(r, positions=range(40))
+    s = output.steps
+    before = torch.cat([r.initial_state[:, None], output.states[:, :-1]], 1)
+    decay = r.log_decay.exp() if r.per_key_decay else r.log_decay.exp()[..., None]
+    old = (decay[..., None] * before).norm(dim=(-2, -1))
+    budget = old**2 + 2 * s.write_overlap * old * s.write_norm + s.write_norm**2
+    torch.testing.assert_close(s.state_norm**2, budget)
+    torch.testing.assert_close(s.state_norm, output.states.norm(dim=(-2, -1)))
+
+
+# Properties.
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    structure=st.sampled_from(STRUCTURES),
+    time=st.integers(2, 150),
+    cut=st.floats(0.01, 0.99),
+    seed=st.integers(0, 99),
+)
+def test_splitting_changes_nothing(structure: str, time: int, cut: float, seed: int) -> None:
+    r = draw(structure, time if structure == "scalar" else min(time, 40), True, seed=seed)
+    at = max(1, int(cut * r.time))
+    whole = chunked.scan(r)
+    first = chunked.scan(r.between(0, at, r.initial_state))
+    second = chunked.scan(r.between(at, r.time, first.final_state))
+    joined = {
+        name: torch.cat([getattr(first.steps, name), getattr(second.steps, name)], 1)
+        for name in Steps.__dataclass_fields__
+    }
+    joined |= {"y": torch.cat([first.y, second.y], 1), "final_state": second.final_state}
+    assert_close(joined, {name: fields(whole)[name] for name in joined}, 1e-11)
+
+
+@settings(max_examples=15, deadline=None)
+@given(structure=st.sampled_from(STRUCTURES), seed=st.integers(0, 99))
+def test_shares_sum_to_one(structure: str, seed: int) -> None:
+    r = draw(structure, 40, initial=True, seed=seed)
+    state = reference.scan(r, measure=False).final_state
+    _, share, before = reference.probe(r, state)
+    torch.testing.assert_close(share.sum(1) + before, torch.ones_like(before), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=10, deadline=None)
+@given(order=st.permutations(range(6)))
+def test_heads_permute(order: list[int]) -> None:
+    r = draw(groups=6, initial=True)
+    per_head = {n: x[:, :, order] for n, x in r.tensors().items() if n not in ("initial_state", "skip")}
+    moved = r.replace(**per_head, initial_state=r.initial_state[:, order], skip=r.skip[order])
+    whole, permuted = chunked.scan(r), chunked.scan(moved)
+    for name in Steps.__dataclass_fields__:
+        torch.testing.assert_close(getattr(permuted.steps, name), getattr(whole.steps, name)[..., order])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"q": torch.zeros(2, 65, 3, 4)}, "q has shape"),
+        ({"v": torch.zeros(2, 65, 6)}, "v has shape"),
+        ({"k": torch.zeros(2, 65, 4, 5)}, "4 groups"),
+        ({"k": torch.zeros(2, 65, 5)}, "k has shape"),
+        ({"log_decay": torch.zeros(2, 65, 5)}, "log_decay has shape"),
+        ({"write_scale": torch.zeros(2, 65)}, "write_scale has shape"),
+        ({"a": torch.zeros(2, 65, 6, 5)}, "both a and b"),
+        ({"initial_state": torch.zeros(2, 6, 7, 5)}, "initial_state has shape"),
+        ({"skip": torch.zeros(5)}, "skip has shape"),
+        ({"q": torch.zeros(2, 65, 3, 5, dtype=torch.int64)}, "q has dtype"),
+        ({"skip": torch.zeros(6, device="meta")}, "skip is on meta"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_recurrence_that_does_not_fit(change: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        draw().replace(**change)
+
+
+def test_fields_are_the_equations() -> None:
+    names = [f.name for f in dataclasses.fields(Recurrence)]
+    assert names == ["q", "k", "v", "log_decay", "write_scale", "a", "b", "initial_state", "skip"]
