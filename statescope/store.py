@@ -140,7 +140,7 @@ class RecordWriter:
         if not isinstance(store, str | Path):
             return cls(store, cls._lay_out(store, layout, attributes, token_id, overwrite=True), layout)
         place = Path(store).resolve()
-        draft, former = (place.with_name(f".{place.name}.{kind}") for kind in ("draft", "former"))
+        draft, former = _beside(place)
         with _named_errors(store):
             _remove(draft, former)
             try:
@@ -151,6 +151,13 @@ class RecordWriter:
             finally:
                 _remove(draft, former)
         return cls(store, zarr.open_group(store, mode="r+"), layout)
+
+    @classmethod
+    def resume(cls, store: StoreLike, root: zarr.Group, layout: Layout) -> RecordWriter:
+        """Go on with an interrupted record, which :func:`claim` has found."""
+        if isinstance(store, str | Path):
+            _remove(*_beside(Path(store).resolve()))
+        return cls(store, root, layout)
 
     @staticmethod
     def _lay_out(
@@ -246,6 +253,11 @@ class RecordWriter:
             assert isinstance(array, zarr.Array)
             self._arrays[name] = array
         return self._arrays[name]
+
+
+def _beside(place: Path) -> tuple[Path, Path]:
+    """Where a record is laid out before it appears, and where the one it replaces waits to be removed."""
+    return place.with_name(f".{place.name}.draft"), place.with_name(f".{place.name}.former")
 
 
 def _remove(*folders: Path) -> None:

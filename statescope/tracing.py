@@ -138,7 +138,7 @@ def trace(
     if root is None:
         writer = RecordWriter.create(place, plan.layout, plan.attributes(), ids.numpy())
     else:
-        writer = RecordWriter(place, root, plan.layout)
+        writer = RecordWriter.resume(place, root, plan.layout)
     try:
         _run(plan, writer, progress)
     except BaseException:
