@@ -200,24 +200,29 @@ def test_killed_while_replacing(zygote: Zygote, whole: dict[str, Any], tmp_path:
     """Killed while it replaces a record, there is the old one, none or a new one, never half of one."""
     scenario = "few writes"
     record, _, old = whole[scenario]
-    place = tmp_path / "run.zarr"
-    shutil.copytree(old, place)
-    operations = zygote.run(scenario, place, operation=-1, overwrite=True).operations
+
+    def replaced(name: str, operation: int) -> tuple[Path, Run]:
+        place = tmp_path / name / "run.zarr"
+        shutil.copytree(old, place)
+        return place, zygote.run(scenario, place, operation=operation, overwrite=True)
+
+    operations = replaced("count", -1)[1].operations
     renames = [i for i, name in enumerate(operations, 1) if name == "rename"]
     assert len(renames) == 2
-    found = {}
+    found = []
     for operation in (renames[0] - 10, *renames, renames[1] + 1, renames[1] + 20):
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(old, place)
-        assert zygote.run(scenario, place, operation=operation, overwrite=True).killed
-        found[operation] = "none"
-        if place.exists():
-            part = statescope.open(place)
-            found[operation] = "old" if part.attrs["complete"] else "new"
-            if part.attrs["complete"]:
-                assert_identical(part, record, ignore=())
-    assert list(found.values()) == ["old", "old", "none", "new", "new"]
-    finish(zygote, scenario, place, record)
+        place, run = replaced(f"at-{operation}", operation)
+        assert run.killed
+        if not place.exists():
+            found.append("none")
+            finish(zygote, scenario, place, record)
+        elif statescope.open(place).attrs["complete"]:
+            found.append("old")
+            assert_identical(statescope.open(place), record, ignore=())
+        else:
+            found.append("new")
+            finish(zygote, scenario, place, record)
+    assert found == ["old", "old", "none", "new", "new"]
 
 
 @pytest.fixture
