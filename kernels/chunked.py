@@ -151,7 +151,7 @@ class _Chunks:
     v: Tensor  # b c i g h v
     w: Tensor  # b c g h i, the write scale
     log_decay: Tensor  # b c g h i
-    run: Tensor  # b c g h i, the running sum of log_decay inside the chunk
+    run: Tensor  # b c g h i, float64: the running sum of log_decay, of which only differences matter
 
     @classmethod
     def split(cls, r: Recurrence, first: int, stop: int, dtype: torch.dtype) -> _Chunks:
@@ -177,16 +177,16 @@ class _Chunks:
             v=cut(r.v).unflatten(3, heads),
             w=per_head(scale),
             log_decay=log_decay,
-            run=log_decay.cumsum(-1),
+            run=log_decay.double().cumsum(-1),
         )
 
     def pass_states(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the state entering every chunk, (b c g k h v), and the one leaving the last."""
         groups, heads = self.w.shape[2:4]
-        remaining = (self.run[..., -1:] - self.run).exp() * self.w
+        remaining = (self.run[..., -1:] - self.run).to(self.w).exp() * self.w
         written = self.v * remaining.permute(0, 1, 4, 2, 3)[..., None]
         local = self.k.transpose(-2, -1) @ written.transpose(2, 3).flatten(4)
-        decay = self.run[..., -1].exp()[..., None, :, None]
+        decay = self.run[..., -1].to(self.w).exp()[..., None, :, None]
         state = state.unflatten(1, (groups, heads)).transpose(2, 3).contiguous()
         local = local.unflatten(-1, (heads, -1))
         entering = torch.empty_like(local)
@@ -197,7 +197,7 @@ class _Chunks:
 
     def read(self, entering: Tensor, outputs: bool, measure: bool) -> tuple[Tensor | None, Steps | None]:
         """Read the past with the query (``y``) and with the key (the measurements)."""
-        difference = self.run[..., :, None] - self.run[..., None, :]
+        difference = (self.run[..., :, None] - self.run[..., None, :]).to(self.w)
         future = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
         weights = difference.masked_fill_(future, -torch.inf).exp_()  # b c g h i j
         values = (self.v * self.w.permute(0, 1, 4, 2, 3)[..., None]).permute(0, 1, 3, 4, 2, 5).contiguous()
@@ -212,13 +212,13 @@ class _Chunks:
         """What each row vector reads from the entering state and from this chunk, (b c g h i v)."""
         inside = ((rows @ self.k.transpose(-2, -1))[:, :, :, None] * weights) @ values
         across = (rows @ entering.flatten(4)).unflatten(-1, entering.shape[4:]).transpose(3, 4)
-        return torch.addcmul(inside, across, self.run.exp()[..., None])
+        return torch.addcmul(inside, across, self.run.to(self.w).exp()[..., None])
 
     def _measure(self, read: Tensor, weights: Tensor, values: Tensor, entering: Tensor) -> Steps:
         """Turn what the keys read into the norm of every state."""
         cross = (read * values).sum(-1)
         energy_written = self.k.square().sum(-1)[:, :, :, None] * values.square().sum(-1)
-        decay = self.run.exp()
+        decay = self.run.to(self.w).exp()
         energy_in = entering.square().sum((3, 5))[..., None]
         energy = decay.square() * energy_in + _accumulate(weights.square(), 2 * cross + energy_written)
         mean_written = self.k.mean(-1)[:, :, :, None] * values.mean(-1)
@@ -238,11 +238,11 @@ class _Chunks:
         """The state after one token, (batch, heads, key, value)."""
         c, i = divmod(token, self.k.shape[3])
         run = self.run[:, c]
-        remaining = (run[..., i : i + 1] - run[..., : i + 1]).exp() * self.w[:, c, ..., : i + 1]
+        remaining = (run[..., i : i + 1] - run[..., : i + 1]).to(self.w).exp() * self.w[:, c, ..., : i + 1]
         written = torch.einsum(
             "bgik,bghi,bighv->bghkv", self.k[:, c, :, : i + 1], remaining, self.v[:, c, : i + 1]
         )
-        kept = run[..., i].exp()[..., None, None] * entering[:, c].transpose(2, 3)
+        kept = run[..., i].to(self.w).exp()[..., None, None] * entering[:, c].transpose(2, 3)
         return (kept + written).flatten(1, 2)
 
 

@@ -81,8 +81,10 @@ class Carry:
                     plain[f"cache/{i}"][name] = {k: v for k, v in value.items() if k not in held}
                 elif isinstance(value, torch.dtype):
                     plain[f"cache/{i}"][name] = {"torch": str(value).removeprefix("torch.")}
+                elif isinstance(value, torch.device):
+                    plain[f"cache/{i}"][name] = {"device": value.type}
                 else:
-                    plain[f"cache/{i}"][name] = None if isinstance(value, torch.device) else value
+                    plain[f"cache/{i}"][name] = value
         if self.pending_loss is not None:
             tensors["pending_loss"] = self.pending_loss
         tensors |= {f"log_decay/{layer}": t for layer, t in self.log_decay.items()}
@@ -109,8 +111,7 @@ class Carry:
         layers: list[Any] = carry.cache.layers
         for i, layer in enumerate(layers):
             for name, value in plain[f"cache/{i}"].items():
-                setattr(layer, name, _plain(value))
-            layer.device = device
+                setattr(layer, name, _plain(value, device))
         for name, tensor in tensors.items():
             kind, *path = name.split("/")
             if kind == "cache":
@@ -129,7 +130,9 @@ def _restore(layer: Any, path: list[str], tensor: Tensor) -> None:
         getattr(layer, path[0])[int(path[1])] = tensor
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, device: torch.device) -> Any:
     if not isinstance(value, dict):
         return value
+    if "device" in value:
+        return device
     return getattr(torch, value["torch"]) if "torch" in value else {int(k): v for k, v in value.items()}

@@ -80,7 +80,8 @@ def _check_group(root: zarr.Group, group: str, window: int, store: Any) -> None:
     wanted = variables | {d: COORDINATES[d] for v in variables.values() for d in v.dims}
     for name, variable in wanted.items():
         try:
-            array: Any = root[f"{group}/{name}"]
+            found: Any = root[group]
+            array = found[name]
         except (KeyError, ValueError) as error:
             raise ValueError(f"store={str(store)!r} lacks {group}/{name}; {DAMAGED}") from error
         dims = getattr(array.metadata, "dimension_names", None)

@@ -140,17 +140,24 @@ class RecordWriter:
         if not isinstance(store, str | Path):
             return cls(store, cls._lay_out(store, layout, attributes, token_id, overwrite=True), layout)
         place = Path(store).resolve()
-        draft = place.with_name(f".{place.name}.draft")
+        draft, former = _beside(place)
         with _named_errors(store):
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove(draft, former)
             try:
                 cls._lay_out(draft, layout, attributes, token_id)
                 if place.exists():
-                    shutil.rmtree(place)
+                    place.rename(former)  # removing it takes time, in which it would be half a record
                 draft.rename(place)
             finally:
-                shutil.rmtree(draft, ignore_errors=True)
+                _remove(draft, former)
         return cls(store, zarr.open_group(store, mode="r+"), layout)
+
+    @classmethod
+    def resume(cls, store: StoreLike, root: zarr.Group, layout: Layout) -> RecordWriter:
+        """Go on with an interrupted record, which :func:`claim` has found."""
+        if isinstance(store, str | Path):
+            _remove(*_beside(Path(store).resolve()))
+        return cls(store, root, layout)
 
     @staticmethod
     def _lay_out(
@@ -246,6 +253,16 @@ class RecordWriter:
             assert isinstance(array, zarr.Array)
             self._arrays[name] = array
         return self._arrays[name]
+
+
+def _beside(place: Path) -> tuple[Path, Path]:
+    """Where a record is laid out before it appears, and where the one it replaces waits to be removed."""
+    return place.with_name(f".{place.name}.draft"), place.with_name(f".{place.name}.former")
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_empty(store: Path | Store) -> bool:

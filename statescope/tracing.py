@@ -82,8 +82,8 @@ def trace(
     window : int
         Tokens per entry of ``/steps``; see :func:`statescope.watch.thin`. Default 1.
     segment : int, optional
-        Tokens of one forward pass (rounded up to whole windows); bounds the memory. The result does not
-        depend on it. Default 2048.
+        Tokens of one forward pass (at least 2, rounded up to whole windows); bounds the memory. The
+        result does not depend on it. Default 2048.
     backend : str
         ``"auto"``: the model's own scan computes its outputs, ours only measures; with ``edit``, ours
         computes both. ``"model"``: never ours. A kernel's name (``"fused"``, ``"chunked"``, ``"reference"``):
@@ -131,14 +131,14 @@ def trace(
         window=window,
     )
     own_outputs = backend == "model" or (backend == "auto" and edit is None)
-    length = -(-min(segment or SEGMENT, ids.shape[1]) // window) * window
+    length = -(-min(max(segment or SEGMENT, 2), ids.shape[1]) // window) * window
     plan = _Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
     place = MemoryStore() if store is None else as_place(store)
     root = claim(place, plan.fingerprint(), overwrite)
     if root is None:
         writer = RecordWriter.create(place, plan.layout, plan.attributes(), ids.numpy())
     else:
-        writer = RecordWriter(place, root, plan.layout)
+        writer = RecordWriter.resume(place, root, plan.layout)
     try:
         _run(plan, writer, progress)
     except BaseException:
@@ -178,6 +178,16 @@ class _Plan:
             probes=self.watch.probes,
             shard=shard_tokens(row, self.segment),
         )
+
+    def stop_after(self, start: int) -> int:
+        """End of the segment that begins at ``start``; never one token after others.
+
+        transformers reads a single token with a function of its own, which leaves out the limits on the
+        step size that some families have.
+        """
+        tokens = self.ids.shape[1]
+        stop = min(start + self.segment, tokens)
+        return tokens if stop == tokens - 1 else stop
 
     def reader(self) -> Reader:
         return Reader(self.model, self.ids, self.watch, self.anatomy.backend, self.own_outputs, self.edit)
@@ -236,7 +246,7 @@ def _run(plan: _Plan, writer: RecordWriter, progress: bool | None) -> None:
             carry = _read_ahead(plan, reader, ahead, bar)
         with Recorder(writer, plan.watch, carry.position) as recorder:
             while carry.position < tokens:
-                start, stop = carry.position, min(carry.position + plan.segment, tokens)
+                start, stop = carry.position, plan.stop_after(carry.position)
                 recorder.add(reader.read(carry, stop))
                 if stop == tokens:
                     recorder.commit(stop, None)
@@ -254,7 +264,7 @@ def _tokens_to_read_ahead(plan: _Plan) -> int:
 def _read_ahead(plan: _Plan, reader: Reader, tokens: int, bar: Any) -> Carry:
     ahead = Carry.fresh(plan.model)
     while ahead.position < tokens:
-        start, stop = ahead.position, min(ahead.position + plan.segment, plan.ids.shape[1])
+        start, stop = ahead.position, plan.stop_after(ahead.position)
         reader.read_ahead(ahead, stop)
         bar.update((min(stop, tokens) - start) * len(plan.ids))
     carry = Carry.fresh(plan.model)

@@ -26,6 +26,9 @@ def skip(reason: str) -> None:
     pytest.skip(reason)
 
 
+torch.set_num_threads(1)  # tiny models gain nothing from threads, and lose much where cores are shared
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of oracles."""
