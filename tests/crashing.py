@@ -1,7 +1,7 @@
 """A process that traces in children of its own, so that they start at once and can be killed.
 
 It reads one JSON object a line: ``{"scenario", "store", "log", ...}``; forks a child that traces; answers
-with the child's number, and with how it ended once it did.
+with how it ended. In between comes a line that says ``kill``, at once, or ``wait``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> None:
     reader.survey(model, torch.from_numpy(TEXT[None, :1]), "auto")  # imports what a trace imports
     assert tracing.trace is statescope.trace
     print("ready", flush=True)
-    for line in sys.stdin:
+    while line := sys.stdin.readline():
         order = json.loads(line)
         child = os.fork()
         if child == 0:
@@ -107,7 +107,8 @@ def main() -> None:
                 os._exit(1)
             say("end")
             os._exit(0)
-        print(child, flush=True)
+        if sys.stdin.readline().strip() == "kill":
+            os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still this child's
         print(os.waitpid(child, 0)[1], flush=True)
 
 
