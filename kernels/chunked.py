@@ -28,11 +28,14 @@ from statescope.recurrence import Recurrence
 from . import reference
 from .interface import ScanOutput, Steps
 
-CHUNK = 64
+CHUNK = 32
 """Tokens of one matrix product; the cost inside a chunk grows with it, the boundary states shrink."""
 
-BLOCK = 2048
-"""Tokens worked on at once: bounds the memory whatever the length."""
+ROWS = {"cpu": 2**12, "cuda": 2**19}
+"""Tokens times heads times sequences worked on at once, by device: bounds the memory whatever the length.
+
+On a CPU the work stays in the caches, and under the size from which the allocator returns memory each time.
+"""
 
 
 def supports(recurrence: Recurrence) -> str | None:
@@ -65,8 +68,9 @@ def scan(
     ys: list[Tensor] = []
     steps: list[Steps] = []
     kept: dict[int, Tensor] = {}
-    for first in range(0, recurrence.time, BLOCK):
-        stop = min(first + BLOCK, recurrence.time)
+    block = block_tokens(recurrence)
+    for first in range(0, recurrence.time, block):
+        stop = min(first + block, recurrence.time)
         chunks = _Chunks.split(recurrence, first, stop, dtype)
         entering, state = chunks.pass_states(state)
         y, measured = chunks.read(entering, outputs, measure)
@@ -132,6 +136,12 @@ def _with_skip(recurrence: Recurrence, y: Tensor) -> Tensor:
     if recurrence.skip is None:
         return y
     return y.addcmul_(recurrence.v.to(y.dtype), recurrence.skip.to(y.dtype)[:, None])
+
+
+def block_tokens(recurrence: Recurrence) -> int:
+    """Tokens worked on at once, whole chunks."""
+    rows = ROWS["cuda" if recurrence.v.is_cuda else "cpu"]
+    return CHUNK * max(1, rows // (recurrence.batch * recurrence.heads * CHUNK))
 
 
 def _working_dtype(recurrence: Recurrence) -> torch.dtype:

@@ -49,7 +49,7 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
         If there is none; lists the supported families.
     """
     modules: Iterable[Any] = model.modules()
-    found = {int(m.layer_idx): m for m in modules if hasattr(m, "layer_idx") and _scan_class(type(m))}
+    found = {int(m.layer_idx): m for m in modules if hasattr(m, "layer_idx") and _scans(m)}
     if not found:
         kinds = sorted({f"{a.signature}: {', '.join(a.models)}" for a in ADAPTERS.values()})
         raise ValueError(
@@ -73,7 +73,7 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
     with ExitStack() as stack:
         for layer, mixer in mixers(model).items():
             stack.enter_context(_announced(mixer, layer, handler))
-            home, names = _scan_class(type(mixer))  # type: ignore[misc]
+            home, names = _scans(mixer)  # type: ignore[misc]
             for name in names:
                 stack.enter_context(_patched(home, name))
         yield
@@ -133,9 +133,14 @@ def _is_fused(function: Callable[..., Any]) -> bool:
     return bool(bound.get("is_new_implementation", False))
 
 
+def _scans(module: nn.Module) -> tuple[ModuleType, list[str]] | None:
+    """The modeling module whose scan functions this module's class (or a base of it) calls, and which."""
+    kind: Any = type(module)
+    return _scans_of(kind)
+
+
 @cache
-def _scan_class(kind: type) -> tuple[ModuleType, list[str]] | None:
-    """The modeling module whose scan functions this class (or a base of it) calls, and which."""
+def _scans_of(kind: type) -> tuple[ModuleType, list[str]] | None:
     for cls in kind.__mro__:
         home = sys.modules.get(cls.__module__)
         called = {name for member in vars(cls).values() for name in _names_used(member)}

@@ -107,8 +107,10 @@ def test_any_size(size: tuple[int, int, int, int]) -> None:
 
 
 def test_longer_than_a_block() -> None:
-    r = draw(time=chunked.BLOCK + 70, initial=True, batch=1, dtype=torch.float32)
-    positions = (3, chunked.BLOCK - 1, chunked.BLOCK, chunked.BLOCK + 69)
+    block = chunked.block_tokens(draw(batch=1))
+    r = draw(time=block + 70, initial=True, batch=1, dtype=torch.float32)
+    assert chunked.block_tokens(r) == block < r.time
+    positions = (3, block - 1, block, block + 69)
     got, want = (kernel.scan(r, positions=positions) for kernel in (chunked, reference))
     assert_close(fields(got), fields(want), TOLERANCE[torch.float32])
 
