@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, MemoryStore
 
 from statescope.schema import COORDINATES, SCHEMA_VERSION, Variable, group_variables
 
@@ -37,6 +37,8 @@ SHARD_TOKENS = 16384
 
 CHUNK_BYTES = 2**20
 """Aimed size of what a reader must decompress at once."""
+
+COMPRESSOR = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 
 CARRY = "carry"
 
@@ -126,11 +128,16 @@ class RecordWriter:
 
     @classmethod
     def create(
-        cls, store: StoreLike, layout: Layout, attributes: Mapping[str, Any], token_id: NDArray[np.int64]
+        cls,
+        store: StoreLike,
+        layout: Layout,
+        attributes: Mapping[str, Any],
+        token_id: NDArray[np.int64],
     ) -> RecordWriter:
         """Lay a record out; on a file system it appears whole or not at all.
 
-        Whatever record was at that place is replaced (:func:`claim` has decided that it may be).
+        Whatever record was at that place is replaced (:func:`claim` has decided that it may be). What
+        stays in memory is not compressed.
 
         Raises
         ------
@@ -273,14 +280,15 @@ def _is_empty(store: Path | Store) -> bool:
 
 def _lay_out_group(root: zarr.Group, group: str, layout: Layout) -> None:
     target = root.create_group(group)
+    compressor = None if isinstance(root.store, MemoryStore) else COMPRESSOR
     variables = group_variables(group, layout.window)
     for dim in dict.fromkeys(d for v in variables.values() for d in v.dims):
         values = layout.coordinate(group, dim)
-        _create(target, dim, COORDINATES[dim], values.shape, values.shape, None, values)
+        _create(target, dim, COORDINATES[dim], values.shape, values.shape, None, compressor, values)
     for name, variable in variables.items():
         shape = tuple(len(layout.coordinate(group, d)) for d in variable.dims)
         chunks, shards = layout.shards(group, variable)
-        _create(target, name, variable, shape, chunks, shards)
+        _create(target, name, variable, shape, chunks, shards, compressor)
 
 
 def _create(
@@ -290,6 +298,7 @@ def _create(
     shape: Sequence[int],
     chunks: Sequence[int],
     shards: Sequence[int] | None,
+    compressor: BloscCodec | None,
     values: NDArray[Any] | None = None,
 ) -> None:
     array = group.create_array(
@@ -298,7 +307,7 @@ def _create(
         dtype=variable.dtype,
         chunks=tuple(max(1, c) for c in chunks),
         shards=None if shards is None else tuple(shards),
-        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
+        compressors=compressor,
         fill_value=np.nan if variable.dtype.startswith("float") else 0,
         dimension_names=variable.dims,
         attributes={"long_name": variable.long_name, "units": variable.units},
