@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -218,7 +217,8 @@ def run(
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     result: dict[str, Any] = {
-        "command": " ".join(["statescope", *sys.argv[1:]]),
+        "command": f"statescope bench --shapes {','.join(shapes)} --lengths {','.join(map(str, lengths))}"
+        f" --rounds {rounds} --{'' if end_to_end else 'no-'}end-to-end",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(dtype).removeprefix("torch."),
