@@ -28,10 +28,10 @@ from statescope.recurrence import Recurrence
 from . import reference
 from .interface import ScanOutput, Steps
 
-CHUNK = 32
-"""Tokens of one matrix product; the cost inside a chunk grows with it, the boundary states shrink."""
+CHUNK, NARROW_CHUNK = 64, 32
+"""Tokens of one matrix product; the narrow one for up to 32 keys, where states are cheap to pass on."""
 
-ROWS = {"cpu": 2**12, "cuda": 2**19}
+ROWS = {"cpu": 2**13, "cuda": 2**19}
 """Tokens times heads times sequences worked on at once, by device: bounds the memory whatever the length.
 
 On a CPU the work stays in the caches, and under the size from which the allocator returns memory each time.
@@ -65,7 +65,7 @@ def scan(
     if recurrence.per_key_decay or recurrence.erases:
         return reference.scan(recurrence, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
     start = state = recurrence.start_state(dtype)
-    ys: list[Tensor] = []
+    y = torch.empty(recurrence.v.shape, dtype=dtype, device=state.device) if outputs else None
     steps: list[Steps] = []
     kept: dict[int, Tensor] = {}
     block = block_tokens(recurrence)
@@ -73,9 +73,7 @@ def scan(
         stop = min(first + block, recurrence.time)
         chunks = _Chunks.split(recurrence, first, stop, dtype)
         entering, state = chunks.pass_states(state)
-        y, measured = chunks.read(entering, outputs, measure)
-        if y is not None:
-            ys.append(y)
+        measured = chunks.read(entering, None if y is None else y[:, first:stop], measure)
         if measured is not None:
             steps.append(measured)
         for p in positions:
@@ -85,7 +83,7 @@ def scan(
         # A matrix product spreads a NaN to earlier tokens of its chunk (0 * NaN is NaN); stepping does not.
         return reference.scan(recurrence, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
     return ScanOutput(
-        y=_with_skip(recurrence, torch.cat(ys, 1)) if outputs else None,
+        y=None if y is None else _with_skip(recurrence, y),
         steps=Steps.concatenate(steps) if measure else None,
         states=torch.stack([kept[p] for p in positions], 1) if positions else state[:, None][:, :0],
         final_state=state,
@@ -141,7 +139,12 @@ def _with_skip(recurrence: Recurrence, y: Tensor) -> Tensor:
 def block_tokens(recurrence: Recurrence) -> int:
     """Tokens worked on at once, whole chunks."""
     rows = ROWS["cuda" if recurrence.v.is_cuda else "cpu"]
-    return CHUNK * max(1, rows // (recurrence.batch * recurrence.heads * CHUNK))
+    chunk = _chunk_tokens(recurrence)
+    return chunk * max(1, rows // (recurrence.batch * recurrence.heads * chunk))
+
+
+def _chunk_tokens(recurrence: Recurrence) -> int:
+    return NARROW_CHUNK if recurrence.key <= NARROW_CHUNK else CHUNK
 
 
 def _working_dtype(recurrence: Recurrence) -> torch.dtype:
@@ -166,7 +169,7 @@ class _Chunks:
     @classmethod
     def split(cls, r: Recurrence, first: int, stop: int, dtype: torch.dtype) -> _Chunks:
         length = stop - first
-        size = min(CHUNK, length)
+        size = min(_chunk_tokens(r), length)
         missing = -length % size
         heads = (r.groups, r.heads // r.groups)
 
@@ -197,44 +200,45 @@ class _Chunks:
         written = self.v * remaining.permute(0, 1, 4, 2, 3)[..., None]
         local = self.k.transpose(-2, -1) @ written.transpose(2, 3).flatten(4)
         decay = self.run[..., -1].to(self.w).exp()[..., None, :, None]
-        state = state.unflatten(1, (groups, heads)).transpose(2, 3).contiguous()
-        local = local.unflatten(-1, (heads, -1))
-        entering = torch.empty_like(local)
+        decay = decay.expand(-1, -1, -1, -1, -1, self.v.shape[-1]).flatten(4)  # long rows are quick to walk
+        states = local.new_empty((local.shape[0], local.shape[1] + 1, *local.shape[2:]))
+        states[:, 0] = state.unflatten(1, (groups, heads)).transpose(2, 3).flatten(3)
         for c in range(local.shape[1]):
-            entering[:, c] = state
-            state = torch.addcmul(local[:, c], state, decay[:, c])
-        return entering, state.transpose(2, 3).flatten(1, 2).contiguous()
+            torch.addcmul(local[:, c], states[:, c], decay[:, c], out=states[:, c + 1])
+        states = states.unflatten(-1, (heads, -1))
+        return states[:, :-1], states[:, -1].transpose(2, 3).flatten(1, 2).contiguous()
 
-    def read(self, entering: Tensor, outputs: bool, measure: bool) -> tuple[Tensor | None, Steps | None]:
-        """Read the past with the query (``y``) and with the key (the measurements)."""
+    def read(self, entering: Tensor, y: Tensor | None, measure: bool) -> Steps | None:
+        """Read the past with the query, into ``y``, and with the key, for the measurements."""
         difference = (self.run[..., :, None] - self.run[..., None, :]).to(self.w)
         future = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
         weights = difference.masked_fill_(future, -torch.inf).exp_()  # b c g h i j
-        values = (self.v * self.w.permute(0, 1, 4, 2, 3)[..., None]).permute(0, 1, 3, 4, 2, 5).contiguous()
-        y = self._tokens(self._past(self.q, weights, values, entering)) if outputs else None
+        v = self.v.permute(0, 1, 3, 4, 2, 5)
+        values = torch.mul(v, self.w[..., None], out=v.new_empty(v.shape))  # laid out for the products
+        if y is not None:
+            self._write(y, self._past(self.q, weights, values, entering))
         if not measure:
-            return y, None
-        strict = weights.tril(-1)
-        read = self._past(self.k, strict, values, entering)
-        return y, self._measure(read, weights, values, entering)
+            return None
+        read = self._past(self.k, weights.tril(-1), values, entering)
+        return self._measure(read, weights, values, entering)
 
     def _past(self, rows: Tensor, weights: Tensor, values: Tensor, entering: Tensor) -> Tensor:
         """What each row vector reads from the entering state and from this chunk, (b c g h i v)."""
         inside = ((rows @ self.k.transpose(-2, -1))[:, :, :, None] * weights) @ values
         across = (rows @ entering.flatten(4)).unflatten(-1, entering.shape[4:]).transpose(3, 4)
-        return torch.addcmul(inside, across, self.run.to(self.w).exp()[..., None])
+        return inside.add_(across.mul_(self.run.to(self.w).exp()[..., None]))
 
     def _measure(self, read: Tensor, weights: Tensor, values: Tensor, entering: Tensor) -> Steps:
         """Turn what the keys read into the norm of every state."""
         cross = (read * values).sum(-1)
-        energy_written = self.k.square().sum(-1)[:, :, :, None] * values.square().sum(-1)
+        write = self.k.norm(dim=-1)[:, :, :, None] * values.norm(dim=-1)
         decay = self.run.to(self.w).exp()
-        energy_in = entering.square().sum((3, 5))[..., None]
-        energy = decay.square() * energy_in + _accumulate(weights.square(), 2 * cross + energy_written)
+        norm_in = torch.linalg.vector_norm(entering, dim=(3, 5))[..., None]
+        energy = (decay * norm_in).square() + _accumulate(weights.square(), 2 * cross + write.square())
         mean_written = self.k.mean(-1)[:, :, :, None] * values.mean(-1)
         mean = decay * entering.mean((3, 5))[..., None] + _accumulate(weights, mean_written)
-        norm, write = energy.clamp(min=0).sqrt(), energy_written.sqrt()
-        before = torch.cat([energy_in.sqrt(), norm[..., :-1]], -1) * self.log_decay.exp()
+        norm = energy.clamp(min=0).sqrt()
+        before = torch.cat([norm_in, norm[..., :-1]], -1) * self.log_decay.exp()
         scale = before * write
         overlap = torch.where(scale == 0, torch.zeros_like(scale), cross / scale).clamp(-1, 1)
         fields = (self.log_decay, write, norm, mean, overlap)
@@ -242,7 +246,16 @@ class _Chunks:
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Bring (b c g h i x) back to (batch, time, heads, x) and drop the padding."""
-        return x.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, : self.time]
+        x = x.permute(0, 1, 4, 2, 3, 5)
+        return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], x.shape[5])[:, : self.time]
+
+    def _write(self, y: Tensor, x: Tensor) -> None:
+        """Write (b c g h i v) into (batch, time, heads, v), in one copy where nothing is padded."""
+        chunks, groups, heads, size = x.shape[1:5]
+        if chunks * size == self.time:
+            y.unflatten(2, (groups, heads)).unflatten(1, (chunks, size)).copy_(x.permute(0, 1, 4, 2, 3, 5))
+        else:
+            y.copy_(self._tokens(x))
 
     def state_after(self, entering: Tensor, token: int) -> Tensor:
         """The state after one token, (batch, heads, key, value)."""

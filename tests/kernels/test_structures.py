@@ -76,8 +76,9 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: flo
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory cannot pass for a result."""
-    real = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(torch.nan))
+    for home, name in ((torch, "empty"), (Tensor, "new_empty")):
+        real = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda *a, _real=real, **k: _real(*a, **k).fill_(torch.nan))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -104,6 +105,15 @@ def test_any_size(size: tuple[int, int, int, int]) -> None:
     r = draw(time=130, heads=heads, groups=groups, key=key, value=value, dtype=torch.float32)
     tolerance = 5 * TOLERANCE[torch.float32]  # a state of one entry can be cancelled almost whole by a write
     assert_close(fields(chunked.scan(r)), fields(reference.scan(r)), tolerance)
+
+
+@pytest.mark.parametrize("key", [chunked.NARROW_CHUNK, chunked.NARROW_CHUNK + 1])
+@pytest.mark.parametrize("time", [31, 32, 33, 63, 64, 65, 128])
+def test_ends_of_chunks(time: int, key: int) -> None:
+    r = draw(time=time, key=key, initial=True, dtype=torch.float32)
+    positions = range(0, time, 31)
+    got, want = (kernel.scan(r, positions=positions) for kernel in (chunked, reference))
+    assert_close(fields(got), fields(want), TOLERANCE[torch.float32])
 
 
 def test_longer_than_a_block() -> None:
