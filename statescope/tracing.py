@@ -111,6 +111,12 @@ def trace(
     FileExistsError, OSError
         For a ``store`` that is taken or cannot be written.
 
+    Warns
+    -----
+    RuntimeWarning
+        If the record holds a value that is not finite; says where the first one is. Our kernels let it reach
+        no earlier token; the scan of transformers in torch spreads it back to the start of its segment.
+
     Notes
     -----
     Source: *Stuffed Mamba* (arXiv 2410.07145), sections 2 and 4.
