@@ -6,7 +6,7 @@ the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from statescope.adapters import Call
+from statescope.capture import capture
 from statescope.carry import Carry, cache_keyword
+from statescope.scan import scan
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 QUESTION = "What is the passkey? The passkey is"
@@ -85,7 +88,7 @@ def make_prompt(length: int, depth: float, rng: np.random.Generator, haystack: s
 
 
 def answer(model: nn.Module, ids: Tensor, new_tokens: int, segment: int = 4096) -> Tensor:
-    """Continue a batch of token ids greedily.
+    """Continue a batch of token ids greedily, our scan in the place of the model's: it is the faster one.
 
     Parameters
     ----------
@@ -107,7 +110,7 @@ def answer(model: nn.Module, ids: Tensor, new_tokens: int, segment: int = 4096) 
     cache = Carry.fresh(model).cache
     fed, position = ids.to(device), 0
     chosen: list[Tensor] = []
-    with torch.no_grad():
+    with torch.no_grad(), capture(model, _our_scan):
         while len(chosen) < new_tokens:
             for part in fed.split(segment, 1):
                 inputs: dict[str, Any] = {keyword: cache, "use_cache": True, "logits_to_keep": 1}
@@ -119,6 +122,10 @@ def answer(model: nn.Module, ids: Tensor, new_tokens: int, segment: int = 4096) 
             fed = logits[:, -1:].argmax(-1)
             chosen.append(fed[:, 0])
     return torch.stack(chosen, 1).cpu()
+
+
+def _our_scan(layer: int, call: Call, run_own: Callable[[], Any]) -> Any:
+    return call.answer(scan(call.recurrence, measure=False))
 
 
 def ask(model: nn.Module, prompts: Sequence[Prompt]) -> list[str]:
