@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,13 @@ def skip(reason: str) -> None:
     """Skip, saying why; or fail where nothing may be missing."""
     if REQUIRE:
         pytest.fail(f"STATESCOPE_REQUIRE_ALL=1, but {reason}")
-    pytest.skip(reason)
+    pytest.skip(reason, allow_module_level=True)
+
+
+def needs(module: str) -> None:
+    """Skip what follows where a module is not installed."""
+    if find_spec(module) is None:
+        skip(f"{module} is not installed")
 
 
 torch.set_num_threads(1)  # tiny models gain nothing from threads, and lose much where cores are shared

@@ -53,7 +53,7 @@ def run(recurrence: Recurrence, backend: str) -> Any:
     try:
         choose(recurrence, backend)
     except ValueError as reason:
-        pytest.skip(str(reason))
+        skip(str(reason))
     return scan(recurrence, backend=backend)
 
 

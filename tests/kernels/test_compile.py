@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs, skip
 
-pytest.importorskip("triton")
+needs("triton")
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
@@ -42,7 +43,7 @@ def used() -> dict[str, dict[str, int]]:
         [sys.executable, str(SCRIPT), *targets], capture_output=True, text=True, env=environment, check=False
     )
     if done.returncode != 0 and any(word in done.stderr for word in ("ptxas", "target", "backend")):
-        pytest.skip(f"this triton does not compile for {targets}: {done.stderr.strip().splitlines()[-1]}")
+        skip(f"this triton does not compile for {targets}: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 

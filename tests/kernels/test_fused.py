@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,7 +21,7 @@ from statescope.kernels import fused, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
 
-pytest.importorskip("triton")
+needs("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
