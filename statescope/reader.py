@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from statescope.adapters import Call
-from statescope.capture import capture, mixers
+from statescope.capture import Handler, capture, mixers
 from statescope.carry import Carry, cache_keyword
 from statescope.recurrence import Recurrence
 from statescope.scan import ScanOutput, Steps, choose, probe, scan
@@ -19,6 +21,8 @@ from statescope.watch import Watch, thin
 
 Edit = Callable[[int, Recurrence], Recurrence]
 """``edit(layer, recurrence)`` returns the recurrence to run instead."""
+
+STEPS = tuple(Steps.__dataclass_fields__)
 
 LOGIT_ROWS = 1024
 """Tokens whose logits are held in float32 at once for the loss."""
@@ -34,17 +38,39 @@ class Anatomy(NamedTuple):
     backend: str
 
 
-@dataclass
-class Block:
-    """What one segment yields; a tensor's first axis is the sequence, its second the layer."""
+Field = tuple[str, int | None]
+"""``group/variable`` and, for what is told apart by probe, the probe."""
 
-    steps: dict[str, Tensor]
-    loss: Tensor  # (batch, time)
-    states: dict[int, Tensor]  # by position: (batch, layer, head, key, value)
-    contribution: dict[int, tuple[int, Tensor]] = field(default_factory=dict)  # by probe: first token,
-    share: dict[int, tuple[int, Tensor]] = field(default_factory=dict)  # ... (batch, layer, time, head)
-    share_before: dict[int, Tensor] = field(default_factory=dict)  # by probe: (batch, layer, head)
-    nonfinite: Tensor = field(default_factory=lambda: torch.empty(0))  # (layers + 1, 2), the last: the loss
+LOSS = -1
+"""Stands for the loss where a layer's row is asked for."""
+
+
+@dataclass
+class Measured:
+    """What one layer yields in one segment."""
+
+    start: int  # the segment's tokens
+    stop: int
+    fields: dict[Field, tuple[int, Tensor]]  # first entry, (batch, entries, heads)
+    states: dict[int, Tensor]  # by position: (batch, head, key, value)
+    nonfinite: Tensor  # see _first_nonfinite
+    share_before: dict[int, Tensor] = field(default_factory=dict)  # by probe: (batch, head)
+
+
+_surveyed: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
+"""What :func:`survey` found: many texts are read with one model."""
+
+
+class Sink(Protocol):
+    """What takes measurements as they are made."""
+
+    def take(self, row: int, measured: Measured) -> None:
+        """Take what the watched layer number ``row`` yielded in one segment; in order of depth."""
+        ...
+
+    def take_loss(self, start: int, loss: Tensor, nonfinite: Tensor) -> None:
+        """Take the loss (batch, time) of every token of one segment."""
+        ...
 
 
 def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
@@ -64,6 +90,12 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
     ValueError
         If there is no recurrent layer, or the layers differ in shape.
     """
+    expected = mixers(model)
+    first = next(model.parameters())
+    asked = (backend, first.device, first.dtype, tuple(map(id, expected.values())))
+    known, anatomy = _surveyed.get(model, (None, None))
+    if known == asked and anatomy is not None:
+        return anatomy
     found: dict[int, tuple[int, int, int, str]] = {}
 
     def note(layer: int, call: Call, run_own: Callable[[], Any]) -> Any:
@@ -71,7 +103,6 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
         found[layer] = (r.heads, r.key, r.value, choose(r, "auto" if backend == "model" else backend))
         return run_own()
 
-    expected = tuple(mixers(model))
     with torch.no_grad(), capture(model, note):
         output = model(ids[:1, :1], use_cache=False)
     if not hasattr(output, "logits"):
@@ -83,7 +114,9 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
         raise ValueError(f"model: layers {missing} did not call their scan; is it in evaluation mode?")
     if len(set(found.values())) > 1:
         raise ValueError(f"model: its recurrent layers differ in (heads, key, value): {found}; choose layers")
-    return Anatomy(expected, *found[expected[0]])
+    anatomy = Anatomy(tuple(expected), *next(iter(found.values())))
+    _surveyed[model] = asked, anatomy
+    return anatomy
 
 
 class Reader:
@@ -117,15 +150,24 @@ class Reader:
         self.model, self.ids, self.watch = model, ids, watch
         self.backend, self.own_outputs, self.edit = backend, own_outputs, edit
         self.device = next(model.parameters()).device
+        self.heads = torch.tensor(watch.heads, device=self.device)
         self._keyword = cache_keyword(model)
+        self._handler: Handler | None = None
 
-    def read(self, carry: Carry, stop: int) -> Block:
-        """Read from where the carry stands to ``stop``, and move the carry there."""
-        segment = _Segment(self, carry, carry.position, stop)
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Intercept the model's scans for as long as segments are read."""
+        with capture(self.model, lambda *call: self._handler(*call)):  # type: ignore[misc]
+            yield
+
+    def read(self, carry: Carry, stop: int, sink: Sink) -> None:
+        """Read from where the carry stands to ``stop``, measure, and move the carry there."""
+        segment = _Segment(self, carry, carry.position, stop, sink)
         logits = self._forward(carry, stop, segment.on_scan)
         loss = self._loss(logits, carry, stop)
+        known = loss if segment.start else torch.cat([torch.zeros_like(loss[:, :1]), loss[:, 1:]], 1)
+        sink.take_loss(segment.start, loss, _first_nonfinite([known[..., None]]))
         carry.position = stop
-        return segment.block(loss)
 
     def read_ahead(self, carry: Carry, stop: int) -> None:
         """Read without measuring: keep only the states at the probes and the decay up to them."""
@@ -133,13 +175,14 @@ class Reader:
         self._forward(carry, stop, segment.on_scan_ahead)
         carry.position = stop
 
-    def _forward(self, carry: Carry, stop: int, handler: Callable[..., Any]) -> Tensor:
+    def _forward(self, carry: Carry, stop: int, handler: Handler) -> Tensor:
         ids = self.ids[:, carry.position : stop].to(self.device)
         inputs = {self._keyword: carry.cache, "use_cache": True}
         if self._keyword == "past_key_values":  # a hybrid's attention layers must know where they are
             positions = torch.arange(carry.position, stop, device=self.device)
             inputs["position_ids"] = positions.expand(ids.shape)
-        with torch.no_grad(), capture(self.model, handler):
+        self._handler = handler
+        with torch.no_grad():
             output = self.model(ids, **inputs)
         logits: Tensor = output.logits
         return logits
@@ -163,13 +206,11 @@ class Reader:
 
 
 class _Segment:
-    """Collects what the scans of one forward pass yield."""
+    """Measures the scans of one forward pass."""
 
-    def __init__(self, reader: Reader, carry: Carry, start: int, stop: int) -> None:
-        self.reader, self.watch, self.carry = reader, reader.watch, carry
+    def __init__(self, reader: Reader, carry: Carry, start: int, stop: int, sink: Sink | None = None) -> None:
+        self.reader, self.watch, self.carry, self.sink = reader, reader.watch, carry, sink
         self.start, self.stop = start, stop
-        self.heads = torch.tensor(reader.watch.heads, device=reader.device)
-        self.layers: dict[int, Block] = {}
 
     def on_scan(self, layer: int, call: Call, run_own: Callable[[], Any]) -> Any:
         watched = layer in self.watch.layers
@@ -209,25 +250,6 @@ class _Segment:
         self.carry.log_decay[layer] = self._decay_until(layer, recurrence, self.stop)
         return answer()
 
-    def block(self, loss: Tensor) -> Block:
-        """Join the layers, in order of depth."""
-        parts = [self.layers[layer] for layer in self.watch.layers]
-        joined = Block(
-            steps={name: torch.stack([p.steps[name] for p in parts], 1) for name in parts[0].steps},
-            loss=loss,
-            states={at: torch.stack([p.states[at] for p in parts], 1) for at in parts[0].states},
-        )
-        for p, (first, _) in parts[0].share.items():
-            joined.share[p] = (first, torch.stack([part.share[p][1] for part in parts], 1))
-            joined.contribution[p] = (first, torch.stack([part.contribution[p][1] for part in parts], 1))
-        for p in parts[0].share_before:
-            joined.share_before[p] = torch.stack([part.share_before[p] for part in parts], 1)
-        known = loss.clone()
-        if self.start == 0:
-            known[:, 0] = 0  # there is nothing to predict it from
-        joined.nonfinite = torch.stack([*(p.nonfinite for p in parts), _first_nonfinite([known[..., None]])])
-        return joined
-
     def _edited(self, layer: int, call: Call) -> Recurrence:
         if self.reader.edit is None:
             return call.recurrence
@@ -251,23 +273,28 @@ class _Segment:
     def _collect(
         self, layer: int, recurrence: Recurrence, output: ScanOutput, states: dict[int, Tensor]
     ) -> None:
-        steps = output.steps
-        assert steps is not None
-        picked = Steps(*(getattr(steps, name)[..., self.heads] for name in Steps.__dataclass_fields__))
-        block = Block(
-            steps=thin(picked, self.watch.window),
-            loss=torch.empty(0),
-            states={p: states[p][:, self.heads] for p in self.watch.snapshots if p in states},
-            nonfinite=_first_nonfinite([getattr(picked, name) for name in Steps.__dataclass_fields__]),
+        assert output.steps is not None and self.sink is not None
+        picked = Steps(*(self._of_heads(getattr(output.steps, name)) for name in STEPS))
+        first = self.start // self.watch.window
+        measured = Measured(
+            self.start,
+            self.stop,
+            fields={
+                (f"steps/{name}", None): (first, x) for name, x in thin(picked, self.watch.window).items()
+            },
+            states={p: self._of_heads(states[p], 1) for p in self.watch.snapshots if p in states},
+            nonfinite=_first_nonfinite([getattr(picked, name) for name in STEPS]),
         )
-        self.layers[layer] = block
         for p in self.watch.probes:
             if self.watch.probe_start(p) < self.stop and p >= self.start:
-                self._attribute(layer, recurrence, p, states, block)
+                self._attribute(layer, recurrence, p, states, measured)
         if self.watch.probes:
             self.carry.log_decay[layer] = self._decay_until(layer, recurrence, self.stop)
+        self.sink.take(self.watch.layers.index(layer), measured)
 
-    def _attribute(self, layer: int, r: Recurrence, p: int, states: dict[int, Tensor], block: Block) -> None:
+    def _attribute(
+        self, layer: int, r: Recurrence, p: int, states: dict[int, Tensor], measured: Measured
+    ) -> None:
         """Attribute the state at a probe to the tokens of this segment within its reach."""
         reach_start = self.watch.probe_start(p)
         first, last = max(self.start, reach_start), min(self.stop, p + 1)
@@ -279,10 +306,16 @@ class _Segment:
             after = self.carry.probe_decays[layer, p] - self._decay_until(layer, r, self.stop)
         state = states[p] if inside else self.carry.probe_states[layer, p]
         contribution, share, before = probe(part, state, after)
-        block.contribution[p] = (first, contribution[..., self.heads])
-        block.share[p] = (first, share[..., self.heads])
+        measured.fields["probes/contribution", p] = (first, self._of_heads(contribution))
+        measured.fields["probes/share", p] = (first, self._of_heads(share))
         if first == reach_start:
-            block.share_before[p] = before[..., self.heads]
+            measured.share_before[p] = self._of_heads(before)
+
+    def _of_heads(self, x: Tensor, axis: int = -1) -> Tensor:
+        """Pick the watched heads, as float32."""
+        if x.shape[axis] != len(self.watch.heads):
+            x = x.index_select(axis, self.reader.heads)
+        return x.to(torch.float32)
 
     def _decay_until(self, layer: int, r: Recurrence, stop: int) -> Tensor:
         total = r.log_decay[:, : stop - self.start].double().sum(1)
@@ -300,29 +333,42 @@ def _first_nonfinite(values: Sequence[Tensor]) -> Tensor:
     Returns
     -------
     Tensor, (2,), int64
-        The token (the number of tokens if there is none), and which of its values it is, in the order
-        (variable, batch, head).
+        The token, and which of its values it is, in the order (variable, batch, head); -1 if there is none.
     """
     time = values[0].shape[1]
     spoilt = ~torch.isfinite(sum(values, torch.zeros_like(values[0]))).all(2).all(0)
     index = torch.arange(time, device=spoilt.device)
-    token = torch.where(spoilt, index, time).amin(0, keepdim=True)
-    there = torch.stack([v.index_select(1, token.clamp(max=time - 1)) for v in values]).flatten()
+    token = torch.where(spoilt, index, time - 1).amin(0, keepdim=True)
+    there = torch.stack([v.index_select(1, token) for v in values]).flatten()
     place = torch.arange(there.numel(), device=there.device)
     which = torch.where(torch.isfinite(there), there.numel(), place).amin(0, keepdim=True)
-    return torch.cat([token, which])
+    return torch.cat([token, torch.where(which == there.numel(), -1, which)])
 
 
-def place_of_nonfinite(block: Block, watch: Watch, start: int) -> dict[str, Any] | None:
-    """Name the first value of a block, in token order, that is not finite; the block is on the host."""
-    names = (*Steps.__dataclass_fields__,)
-    token, row = min((int(token), row) for row, (token, _) in enumerate(block.nonfinite.tolist()))
-    if token == block.loss.shape[1]:
+def place_of_nonfinite(
+    found: Sequence[tuple[int, int, Tensor]], watch: Watch, sequences: int
+) -> dict[str, Any] | None:
+    """Name the first value, in token order, that is not finite; None if there is none.
+
+    Parameters
+    ----------
+    found : sequence of (int, int, Tensor)
+        For every segment and layer: its first token, the layer's row (or :data:`LOSS`), and which value is
+        not finite, on the host.
+    watch : Watch
+        What is kept.
+    sequences : int
+        In the batch.
+    """
+    places = [
+        (start + at[0], row == LOSS, row, at[1]) for start, row, x in found if (at := x.tolist())[1] >= 0
+    ]
+    if not places:
         return None
-    which = int(block.nonfinite[row, 1])
-    if row == len(watch.layers):
-        return {"variable": "loss", "sequence": which, "token": start + token}
+    token, is_loss, row, which = min(places)
+    if is_loss:
+        return {"variable": "loss", "sequence": which, "token": token}
     rest, head = divmod(which, len(watch.heads))
-    variable, sequence = divmod(rest, block.loss.shape[0])
-    place = {"sequence": sequence, "layer": watch.layers[row], "token": start + token}
-    return {"variable": names[variable], **place, "head": watch.heads[head]}
+    variable, sequence = divmod(rest, sequences)
+    place = {"sequence": sequence, "layer": watch.layers[row], "token": token}
+    return {"variable": STEPS[variable], **place, "head": watch.heads[head]}

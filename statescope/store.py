@@ -3,8 +3,8 @@
 A record is a Zarr group (format 3). Every write is a whole shard, except at the end of the text, so a
 shard is written once; then what a resumed run needs to go on (the *carry*); then the root attribute
 ``committed``. A process killed at any instant leaves a record that opens and whose committed prefix is
-exact. Shards hold all sequences and layers over a stretch of tokens, so that their number grows with
-the length of the text only.
+exact. A shard holds all sequences and as many layers as fit over a stretch of tokens: few enough files for
+a million tokens, and a shard can be written as soon as its layers are read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import zarr
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec
 from zarr.core.sync import sync
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore
 
 from statescope.schema import COORDINATES, SCHEMA_VERSION, Variable, group_variables
 
@@ -83,6 +83,13 @@ class Layout:
         optional = {"snapshots": self.snapshots, "probes": self.probes}
         return ["tokens", "steps", *(name for name, wanted in optional.items() if wanted)]
 
+    @property
+    def layers_per_shard(self) -> int:
+        """How many layers one shard of ``/steps`` or ``/probes`` holds."""
+        width = self.shard if self.probes else -(-self.shard // self.window)
+        bytes_of_a_layer = 4 * self.sequences * len(self.heads) * width
+        return min(len(self.layers), max(1, SHARD_BYTES // bytes_of_a_layer))
+
     def shards(self, group: str, variable: Variable) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chunk and shard shapes of a variable."""
         size = {d: max(1, len(self.coordinate(group, d))) for d in variable.dims}
@@ -90,6 +97,8 @@ class Layout:
         if "token" in size:
             width = self.shard // self.window if group == "steps" else self.shard
             shard["token"] = width
+            if "layer" in size:
+                shard["layer"] = self.layers_per_shard
             row = 4 * size.get("head", 1)
             chunk["token"] = _divisor(width, max(1, CHUNK_BYTES // row))
         if "position" in size:
@@ -122,6 +131,8 @@ def _divisor(number: int, at_most: int) -> int:
 class RecordWriter:
     """Fills a record in; see the module's docstring for the order of writes."""
 
+    resumable: ClassVar[bool] = True
+
     def __init__(self, store: StoreLike, root: zarr.Group, layout: Layout) -> None:
         self._store, self._root, self.layout = store, root, layout
         self._arrays: dict[str, zarr.Array[Any]] = {}
@@ -136,8 +147,7 @@ class RecordWriter:
     ) -> RecordWriter:
         """Lay a record out; on a file system it appears whole or not at all.
 
-        Whatever record was at that place is replaced (:func:`claim` has decided that it may be). What
-        stays in memory is not compressed.
+        Whatever record was at that place is replaced (:func:`claim` has decided that it may be).
 
         Raises
         ------
@@ -280,15 +290,14 @@ def _is_empty(store: Path | Store) -> bool:
 
 def _lay_out_group(root: zarr.Group, group: str, layout: Layout) -> None:
     target = root.create_group(group)
-    compressor = None if isinstance(root.store, MemoryStore) else COMPRESSOR
     variables = group_variables(group, layout.window)
     for dim in dict.fromkeys(d for v in variables.values() for d in v.dims):
         values = layout.coordinate(group, dim)
-        _create(target, dim, COORDINATES[dim], values.shape, values.shape, None, compressor, values)
+        _create(target, dim, COORDINATES[dim], values.shape, values.shape, None, values)
     for name, variable in variables.items():
         shape = tuple(len(layout.coordinate(group, d)) for d in variable.dims)
         chunks, shards = layout.shards(group, variable)
-        _create(target, name, variable, shape, chunks, shards, compressor)
+        _create(target, name, variable, shape, chunks, shards)
 
 
 def _create(
@@ -298,7 +307,6 @@ def _create(
     shape: Sequence[int],
     chunks: Sequence[int],
     shards: Sequence[int] | None,
-    compressor: BloscCodec | None,
     values: NDArray[Any] | None = None,
 ) -> None:
     array = group.create_array(
@@ -307,7 +315,7 @@ def _create(
         dtype=variable.dtype,
         chunks=tuple(max(1, c) for c in chunks),
         shards=None if shards is None else tuple(shards),
-        compressors=compressor,
+        compressors=COMPRESSOR,
         fill_value=np.nan if variable.dtype.startswith("float") else 0,
         dimension_names=variable.dims,
         attributes={"long_name": variable.long_name, "units": variable.units},

@@ -17,22 +17,25 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from zarr.storage import MemoryStore
 
 from statescope import record
 from statescope.capture import mixers
 from statescope.carry import Carry
+from statescope.memory import MemoryRecord
 from statescope.models import as_device, as_dtype, load
 from statescope.reader import Anatomy, Edit, Reader, survey
-from statescope.recorder import Recorder
+from statescope.recorder import Recorder, Writer
 from statescope.scan import BACKENDS
 from statescope.schema import SCHEMA_VERSION
 from statescope.store import Layout, RecordWriter, StoreLike, as_place, claim, shard_tokens
 from statescope.tokens import to_token_ids
 from statescope.watch import Probes, Watch
 
-SEGMENT = {"cpu": 2048, "cuda": 16384}
-"""Tokens of one forward pass, unless said otherwise, by device."""
+SEGMENT = {"cpu": 2048, "gpu": 16384, "large gpu": 65536}
+"""Tokens of one forward pass, unless said otherwise."""
+
+LARGE_GPU = 64 * 2**30
+"""Bytes of memory from which a GPU counts as large."""
 
 
 def trace(
@@ -83,7 +86,8 @@ def trace(
         Tokens per entry of ``/steps``; see :func:`statescope.watch.thin`. Default 1.
     segment : int, optional
         Tokens of one forward pass (at least 2, rounded up to whole windows); bounds the memory. The
-        result does not depend on it. Default 2048 on a CPU, 16384 on a GPU.
+        result does not depend on it. Default 2048 on a CPU, 16384 on a GPU, 65536 on one of 64 GiB and more:
+        long enough that launching the work costs less than the work.
     backend : str
         ``"auto"``: the model's own scan computes its outputs, ours only measures; with ``edit``, ours
         computes both. ``"model"``: never ours. A kernel's name (``"fused"``, ``"chunked"``, ``"reference"``):
@@ -137,17 +141,24 @@ def trace(
         window=window,
     )
     own_outputs = backend == "model" or (backend == "auto" and edit is None)
-    usual = SEGMENT.get(next(model.parameters()).device.type, SEGMENT["cuda"])
-    length = -(-min(max(segment or usual, 2), ids.shape[1]) // window) * window
+    asked = max(segment or _usual_segment(next(model.parameters()).device), 2)
+    length = -(-min(asked, ids.shape[1]) // window) * window
     plan = _Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
-    place = MemoryStore() if store is None else as_place(store)
-    root = claim(place, plan.fingerprint(), overwrite)
+    if store is None:
+        kept = MemoryRecord(plan.layout, plan.attributes(), ids.numpy())
+        _run(plan, kept, progress)
+        _warn_of_nonfinite(kept.attributes)
+        return kept.tree()
+    place = as_place(store)
+    fingerprint = plan.fingerprint()
+    root = claim(place, fingerprint, overwrite)
     if root is None:
-        writer = RecordWriter.create(place, plan.layout, plan.attributes(), ids.numpy())
+        attributes = {**plan.attributes(), "fingerprint": fingerprint}
+        writer = RecordWriter.create(place, plan.layout, attributes, ids.numpy())
     else:
         writer = RecordWriter.resume(place, root, plan.layout)
     try:
-        _run(plan, writer, progress, resumable=store is not None)
+        _run(plan, writer, progress, writer.read_carry())
     except BaseException:
         writer.discard_if_empty()
         raise
@@ -196,6 +207,13 @@ class _Plan:
         stop = min(start + self.segment, tokens)
         return tokens if stop == tokens - 1 else stop
 
+    def commit_after(self, start: int) -> int:
+        """End of the interval that begins at ``start`` and is committed as one."""
+        stop = self.stop_after(start)
+        while stop < self.ids.shape[1] and stop % self.layout.shard:
+            stop = self.stop_after(stop)
+        return stop
+
     def reader(self) -> Reader:
         return Reader(self.model, self.ids, self.watch, self.anatomy.backend, self.own_outputs, self.edit)
 
@@ -219,19 +237,16 @@ class _Plan:
             "watch": self.watch.to_json(),
             "tokens": self.ids.shape[1],
             "first_nonfinite": None,
-            "fingerprint": self.fingerprint(),
         }
 
     def fingerprint(self) -> str:
         """Hash of all that decides the numbers of a record."""
         config: Any = self.model.config
         hashed = hashlib.sha256(self.ids.numpy().tobytes())
-        for name, parameter in self.model.state_dict().items():
-            sample = parameter.detach().flatten()
-            sample = sample[:: max(1, len(sample) // 64)].double().cpu()
-            hashed.update(
-                f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode() + sample.numpy().tobytes()
-            )
+        weights = self.model.state_dict()
+        samples = [w.detach().flatten()[:: max(1, w.numel() // 64)].double() for w in weights.values()]
+        hashed.update(torch.cat(samples).cpu().numpy().tobytes())  # one transfer
+        hashed.update(repr([(name, tuple(w.shape), w.dtype) for name, w in weights.items()]).encode())
         settings = [
             asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
             tuple(self.ids.shape), config.to_json_string(),
@@ -240,26 +255,27 @@ class _Plan:
         return hashed.hexdigest()
 
 
-def _run(plan: _Plan, writer: RecordWriter, progress: bool | None, resumable: bool) -> None:
+def _run(plan: _Plan, writer: Writer, progress: bool | None, kept: bytes | None = None) -> None:
     tokens, reader = plan.ids.shape[1], plan.reader()
-    kept = writer.read_carry()
     carry = Carry.fresh(plan.model) if kept is None else Carry.from_bytes(kept, plan.model, reader.device)
     ahead = _tokens_to_read_ahead(plan) if kept is None else 0
     disable = None if progress is None else not progress
     total = (tokens + ahead) * len(plan.ids)
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=disable, delay=1.0, leave=False) as bar:
+    with (
+        tqdm(total=total, unit="tok", unit_scale=True, disable=disable, delay=1.0, leave=False) as bar,
+        reader.attached(),
+    ):
         bar.update(carry.position * len(plan.ids))
         if ahead:
             carry = _read_ahead(plan, reader, ahead, bar)
-        with Recorder(writer, plan.watch, carry.position) as recorder:
-            while carry.position < tokens:
-                start, stop = carry.position, plan.stop_after(carry.position)
-                recorder.add(reader.read(carry, stop))
-                if stop == tokens:
-                    recorder.commit(stop, None)
-                elif stop % plan.layout.shard == 0:
-                    recorder.commit(stop, carry.freeze() if resumable else bytes)
-                bar.update((stop - start) * len(plan.ids))
+        with Recorder(writer, plan.layout, plan.watch, reader.device) as recorder:
+            while (start := carry.position) < tokens:
+                end = plan.commit_after(start)
+                recorder.begin(start, end)
+                while (start := carry.position) < end:
+                    reader.read(carry, plan.stop_after(start), recorder)
+                    bar.update((carry.position - start) * len(plan.ids))
+                recorder.commit(None if end == tokens else carry.freeze() if writer.resumable else bytes)
 
 
 def _tokens_to_read_ahead(plan: _Plan) -> int:
@@ -296,6 +312,13 @@ def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]
     if dtype is not None and as_dtype(dtype) != first.dtype:
         raise ValueError(f"dtype={dtype!r}, but the model is in {first.dtype}; convert it, or pass its name")
     return model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def _usual_segment(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SEGMENT["cpu"]
+    large = torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU
+    return SEGMENT["large gpu" if large else "gpu"]
 
 
 def _kernel_choice(backend: str, edit: Edit | None) -> str:

@@ -57,9 +57,9 @@ def report(log: str) -> Any:
 
     for name in ("read", "read_ahead"):
 
-        def spied(self: Any, carry: Any, stop: int, own: Any, name: str) -> Any:
+        def spied(self: Any, carry: Any, stop: int, *sink: Any, own: Any, name: str) -> Any:
             say(name, carry.position, stop)
-            return own(self, carry, stop)
+            return own(self, carry, stop, *sink)
 
         setattr(Reader, name, partialmethod(spied, own=getattr(Reader, name), name=name))
     return say

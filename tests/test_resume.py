@@ -25,7 +25,7 @@ import statescope
 from statescope import store as store_module
 from statescope.capture import mixers
 from statescope.carry import Carry
-from statescope.reader import Block, Reader
+from statescope.reader import Measured, Reader
 from statescope.store import RecordWriter
 from statescope.watch import Watch
 
@@ -322,13 +322,18 @@ def reader_of(model: nn.Module, text: torch.Tensor) -> Reader:
     return Reader(model, text, watch, "chunked", own_outputs=True)
 
 
-def tensors_of(block: Block) -> dict[str, torch.Tensor]:
-    """Flatten what a segment yields."""
-    found = {**block.steps, "loss": block.loss}
-    found |= {f"state {p}": x for p, x in block.states.items()}
-    found |= {f"share {p}": x for p, (_, x) in block.share.items()}
-    found |= {f"contribution {p}": x for p, (_, x) in block.contribution.items()}
-    return found
+class Tensors(dict[str, torch.Tensor]):
+    """Keeps what segments yield, flat."""
+
+    def take(self, row: int, measured: Measured) -> None:
+        for name, (first, x) in measured.fields.items():
+            self[f"{row} {name} {first}"] = x
+        self |= {f"{row} state {p}": x for p, x in measured.states.items()}
+        self |= {f"{row} share before {p}": x for p, x in measured.share_before.items()}
+
+    def take_loss(self, start: int, loss: torch.Tensor, nonfinite: torch.Tensor) -> None:
+        self[f"loss {start}"] = loss
+        assert nonfinite[1] == -1
 
 
 def content(data: bytes) -> tuple[Any, dict[str, Any]]:
@@ -351,16 +356,21 @@ def test_carry_round_trip(family: str, position: int, dtype: torch.dtype) -> Non
     model, text = build(family).to(dtype), ids(70, sequences=2)
     reader, carry = reader_of(model, text), Carry.fresh(model)
     ahead = Carry.fresh(model)
-    reader.read_ahead(ahead, 70)
+    with reader.attached():
+        reader.read_ahead(ahead, 70)
     carry.probe_states, carry.probe_decays = ahead.probe_states, ahead.probe_decays
     if position:
-        reader.read(carry, position)
+        with reader.attached():
+            reader.read(carry, position, Tensors())
     data = carry.to_bytes()
     back = Carry.from_bytes(data, model, torch.device("cpu"))
     assert content(back.to_bytes()) == content(data)
     assert back.position == position
     for stop in (position + 1, 70):
-        expected, found = tensors_of(reader.read(carry, stop)), tensors_of(reader.read(back, stop))
+        expected, found = Tensors(), Tensors()
+        with reader.attached():
+            reader.read(carry, stop, expected)
+            reader.read(back, stop, found)
         assert expected.keys() == found.keys()
         for name, x in expected.items():
             assert torch.equal(x.nan_to_num(9.0), found[name].nan_to_num(9.0)), name

@@ -133,7 +133,9 @@ def ids(tokens: int, sequences: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (sequences, tokens), generator=generator)
 
 
-def assert_identical(a: xr.DataTree, b: xr.DataTree, ignore: tuple[str, ...] = ("created_at",)) -> None:
+def assert_identical(
+    a: xr.DataTree, b: xr.DataTree, ignore: tuple[str, ...] = ("created_at", "fingerprint")
+) -> None:
     """Demand that two records agree in every value, bit for bit, and in every attribute but some."""
     assert sorted(a.children) == sorted(b.children)
     for name in a.children:

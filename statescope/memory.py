@@ -1,0 +1,74 @@
+"""A record that stays in memory: the arrays of the record as they are, without a store around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from statescope.schema import COORDINATES, Variable, group_variables
+from statescope.store import Layout
+
+
+class MemoryRecord:
+    """Fills a record in, as :class:`statescope.store.RecordWriter` does on disk.
+
+    Parameters
+    ----------
+    layout : Layout
+        The shape of the record.
+    attributes : mapping
+        The root attributes.
+    token_id : array, (sequence, token)
+        The text.
+    """
+
+    resumable: ClassVar[bool] = False
+
+    def __init__(self, layout: Layout, attributes: Mapping[str, Any], token_id: NDArray[np.int64]) -> None:
+        self._layout = layout
+        self._attributes = {**attributes, "committed": 0, "complete": False}
+        self._arrays: dict[str, NDArray[Any]] = {}
+        for group in layout.groups():
+            for name, variable in group_variables(group, layout.window).items():
+                shape = tuple(len(layout.coordinate(group, d)) for d in variable.dims)
+                partly = name in ("contribution", "share")  # tokens out of a probe's reach are not written
+                self._arrays[f"{group}/{name}"] = (
+                    np.full(shape, np.nan, variable.dtype) if partly else np.empty(shape, variable.dtype)
+                )
+        self._arrays["tokens/token_id"][:] = token_id
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The root attributes."""
+        return dict(self._attributes)
+
+    def write(self, name: str, values: NDArray[Any], **at: slice | int) -> None:
+        """Write a block of one variable; see :meth:`statescope.store.RecordWriter.write`."""
+        group, variable = name.split("/")
+        dims = group_variables(group, self._layout.window)[variable].dims
+        self._arrays[name][tuple(at.get(d, slice(None)) for d in dims)] = values
+
+    def commit(self, tokens: int, carry: bytes | None, **attributes: Any) -> None:
+        """Declare tokens written."""
+        self._attributes |= {**attributes, "committed": tokens, "complete": carry is None}
+
+    def tree(self) -> xr.DataTree:
+        """Hand out the record; see :func:`statescope.open`."""
+        groups = {f"/{group}": self._dataset(group) for group in self._layout.groups()}
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=self.attributes), **groups})
+
+    def _dataset(self, group: str) -> xr.Dataset:
+        variables = group_variables(group, self._layout.window)
+        dims = dict.fromkeys(d for v in variables.values() for d in v.dims)
+        coordinates = {d: _variable(COORDINATES[d], self._layout.coordinate(group, d)) for d in dims}
+        data = {name: _variable(v, self._arrays[f"{group}/{name}"]) for name, v in variables.items()}
+        return xr.Dataset(data, coordinates)
+
+
+def _variable(described: Variable, values: NDArray[Any]) -> xr.Variable:
+    attributes = {"long_name": described.long_name, "units": described.units}
+    return xr.Variable(described.dims, values, attributes)
