@@ -2,7 +2,8 @@ r"""The recurrence in fused matrix products (Triton), for one decay per head.
 
 The algebra is that of :mod:`statescope.kernels.chunked`. What differs is where things live: a program
 walks a *span* of chunks with the state in registers, so only the states between spans pass through
-memory, and one pass reads the past with the query and with the key. Launches:
+memory, and one pass reads the past with the query and with the key. Launches (``lay_rows`` before them where
+the inputs lie column by column):
 
 1. ``prepare``: sums of the log decay inside each chunk, laid out by head.
 2. ``write_spans``: what each span writes, and the square and sum of every value.
@@ -148,11 +149,20 @@ def _bulk_copies(x: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
-def _rows_in_place(x: Tensor) -> Tensor:
+def _by_rows(x: Tensor) -> Tensor:
     """Copy only where a row is not contiguous or the offsets inside a chunk would need 64 bits."""
     if x.stride(-1) == 1 and x.stride(1) < 2**23:
         return x
-    return x.contiguous()
+    batch, time, heads, width = x.shape
+    if x.stride(1) != 1 or (heads > 1 and x.stride(2) != width * x.stride(3)):
+        return x.contiguous()
+    from . import fused_kernels
+
+    rows = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # a convolution in torch leaves columns
+    lay_rows: Any = fused_kernels.lay_rows
+    grid = (-(-time // 64), -(-heads * width // 64), batch)
+    lay_rows[grid](x, x.stride(0), x.stride(3), rows, time, heads * width, BT=64, BD=64, num_warps=4)
+    return rows
 
 
 class _Scan:
@@ -164,7 +174,7 @@ class _Scan:
         self.kernels: Any = fused_kernels
         self.r = r
         self.tiling = tiling = _tiling(r.key, r.value, _half(r), _interpreted() or _bulk_copies(r.v))
-        self.q, self.k, self.v = (_rows_in_place(x) for x in (r.q, r.k, r.v))
+        self.q, self.k, self.v = (_by_rows(x) for x in (r.q, r.k, r.v))
         self.chunks = -(-r.time // tiling.chunk)
         self.blocks = -(-r.value // tiling.values)
         rows = r.batch * r.heads

@@ -47,6 +47,21 @@ def _bounded(log_decay):
 
 
 @triton.jit
+def lay_rows(x, x_b, x_d, y, TIME, WIDTH, BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """Copy (batch, width, time), contiguous in time, to (batch, time, width), contiguous in width.
+
+    Grid: (blocks of time, blocks of width, batch).
+    """
+    times = tl.program_id(0) * BT + tl.arange(0, BT)
+    columns = tl.program_id(1) * BD + tl.arange(0, BD)
+    batch = tl.program_id(2).to(tl.int64)
+    inside = (columns < WIDTH)[:, None] & (times < TIME)[None, :]
+    tile = tl.load(x + batch * x_b + columns.to(tl.int64)[:, None] * x_d + times[None, :], mask=inside)
+    y += (batch * TIME + times.to(tl.int64)[:, None]) * WIDTH + columns[None, :]
+    tl.store(y, tl.trans(tile), mask=tl.trans(inside))
+
+
+@triton.jit
 def prepare(
     log_decay, g_b, g_t, g_h, scale, w_b, w_t, w_h, k, k_b, k_t, k_g,
     run, weight, key_square, key_sum,

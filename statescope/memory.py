@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -25,8 +25,6 @@ class MemoryRecord:
     token_id : array, (sequence, token)
         The text.
     """
-
-    resumable: ClassVar[bool] = False
 
     def __init__(self, layout: Layout, attributes: Mapping[str, Any], token_id: NDArray[np.int64]) -> None:
         self._layout = layout
@@ -55,6 +53,9 @@ class MemoryRecord:
     def commit(self, tokens: int, carry: bytes | None, **attributes: Any) -> None:
         """Declare tokens written."""
         self._attributes |= {**attributes, "committed": tokens, "complete": carry is None}
+
+    def discard_if_empty(self) -> None:
+        """Nothing is left behind in memory."""
 
     def tree(self) -> xr.DataTree:
         """Hand out the record; see :func:`statescope.open`."""

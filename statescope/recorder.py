@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,8 +36,6 @@ IN_FLIGHT = 2 * WRITERS
 class Writer(Protocol):
     """What takes a record: a store, or memory."""
 
-    resumable: ClassVar[bool]  # whether a carry is of use
-
     @property
     def attributes(self) -> dict[str, Any]:
         """The root attributes."""
@@ -49,6 +47,10 @@ class Writer(Protocol):
 
     def commit(self, tokens: int, carry: bytes | None, **attributes: Any) -> None:
         """Declare tokens safely written."""
+        ...
+
+    def discard_if_empty(self) -> None:
+        """Remove a record in which nothing is committed yet."""
         ...
 
 
@@ -72,8 +74,10 @@ class Recorder:
 
     Parameters
     ----------
-    writer : Writer
-        Where to.
+    open_writer : callable
+        Opens what the record goes to; it takes a while and is called beside the reading.
+    by_shards : bool
+        Whether a write should be a whole shard; else it is a layer.
     layout : Layout
         The shape of the record.
     watch : Watch
@@ -82,11 +86,20 @@ class Recorder:
         Where the measurements come from.
     """
 
-    def __init__(self, writer: Writer, layout: Layout, watch: Watch, device: torch.device) -> None:
-        self._writer, self._layout, self._watch = writer, layout, watch
-        self._nonfinite: Mapping[str, Any] | None = writer.attributes["first_nonfinite"]
+    def __init__(
+        self,
+        open_writer: Callable[[], Writer],
+        by_shards: bool,
+        layout: Layout,
+        watch: Watch,
+        device: torch.device,
+    ) -> None:
+        self._layout, self._watch = layout, watch
+        self._height = layout.layers_per_shard if by_shards else 1  # layers of one write
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="statescope-recorder")
+        self._opened = self._pool.submit(open_writer)
+        self._nonfinite: Mapping[str, Any] | None = None
         self._waiting: deque[Future[None]] = deque()
         self._last_commit: Future[None] | None = None
         self._now: _Interval
@@ -100,6 +113,13 @@ class Recorder:
                 self._wait(0)
         finally:
             self._pool.shutdown(cancel_futures=kind is not None)
+            if kind is not None and not self._opened.cancelled() and self._opened.exception() is None:
+                self.writer.discard_if_empty()
+
+    @property
+    def writer(self) -> Writer:
+        """What the record goes to, as soon as it is open."""
+        return self._opened.result()
 
     def begin(self, start: int, stop: int) -> None:
         """Open the interval whose tokens the next commit will declare written."""
@@ -116,7 +136,7 @@ class Recorder:
 
     def take(self, row: int, measured: Measured) -> None:
         """Take what the watched layer number ``row`` yielded in one segment."""
-        now, height = self._now, self._layout.layers_per_shard
+        now, height = self._now, self._height
         group, place = divmod(row, height)
         if group not in now.open:
             layers = min(height, len(self._watch.layers) - group * height)
@@ -157,7 +177,7 @@ class Recorder:
 
     def _write(self, group: int, arrived: Callable[[], None]) -> None:
         """Send the buffers of some layers on their way."""
-        first = group * self._layout.layers_per_shard
+        first = group * self._height
         for (name, probe), buffer in self._now.open.pop(group).items():
             at = {"token": self._now.fields[name, probe], "layer": slice(first, first + buffer.shape[1])}
             values = buffer.numpy()
@@ -167,26 +187,25 @@ class Recorder:
 
             def work(name: str = name, values: NDArray[Any] = values, at: dict[str, slice] = at) -> None:
                 arrived()
-                self._writer.write(name, values, **at)
+                self.writer.write(name, values, **at)
 
             self._now.writes.append(self._submit(work))
 
     def _commit(self, now: _Interval, carry: Callable[[], bytes] | None) -> None:
-        self._writer.write("tokens/loss", now.loss.numpy(), token=slice(now.start, now.stop))
+        self.writer.write("tokens/loss", now.loss.numpy(), token=slice(now.start, now.stop))
         if now.states:
             first = self._watch.snapshots.index(min(now.states))
             states = np.stack([_by_layer(now.states[p]) for p in sorted(now.states)], axis=2)
-            self._writer.write("snapshots/state", states, position=slice(first, first + len(now.states)))
+            self.writer.write("snapshots/state", states, position=slice(first, first + len(now.states)))
         for p, shares in now.share_before.items():
             index = self._watch.probes.index(p)
             values = _by_layer(shares)[:, :, None]
-            self._writer.write("probes/share_before", values, probe=slice(index, index + 1))
-        self._nonfinite = self._nonfinite or place_of_nonfinite(
-            now.nonfinite, self._watch, self._layout.sequences
-        )
+            self.writer.write("probes/share_before", values, probe=slice(index, index + 1))
+        before = self._nonfinite or self.writer.attributes["first_nonfinite"]
+        self._nonfinite = before or place_of_nonfinite(now.nonfinite, self._watch, self._layout.sequences)
         with self._beside():
             data = None if carry is None else carry()
-        self._writer.commit(now.stop, data, first_nonfinite=self._nonfinite)
+        self.writer.commit(now.stop, data, first_nonfinite=self._nonfinite)
 
     def _submit(self, work: Callable[[], None]) -> Future[None]:
         self._wait(IN_FLIGHT - 1)

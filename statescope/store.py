@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import zarr
@@ -94,20 +94,23 @@ class Layout:
         """Chunk and shard shapes of a variable."""
         size = {d: max(1, len(self.coordinate(group, d))) for d in variable.dims}
         chunk, shard = dict(size), dict(size)
+        if len(size) > 2:
+            chunk |= {d: 1 for d in ("sequence", "layer")}
         if "token" in size:
-            width = self.shard // self.window if group == "steps" else self.shard
-            shard["token"] = width
+            row = 4 * size.get("head", 1)
+            width = -(-self.shard // self.window) if group == "steps" else self.shard
+            chunk["token"], shard["token"] = _cut(
+                width, max(1, CHUNK_BYTES // row), self.shard >= self.tokens
+            )
             if "layer" in size:
                 shard["layer"] = self.layers_per_shard
-            row = 4 * size.get("head", 1)
-            chunk["token"] = _divisor(width, max(1, CHUNK_BYTES // row))
+                chunk["layer"], _ = _cut(shard["layer"], max(1, CHUNK_BYTES // (row * chunk["token"])), False)
         if "position" in size:
             state = 4 * int(np.prod([n for d, n in size.items() if d != "position"]))
             shard["position"] = max(1, min(size["position"], SHARD_BYTES // state))
             chunk["position"] = 1
         if "probe" in size:
             chunk["probe"] = shard["probe"] = 1
-        chunk |= {d: 1 for d in ("sequence", "layer") if d in size and len(size) > 2}
         return tuple(chunk[d] for d in variable.dims), tuple(shard[d] for d in variable.dims)
 
 
@@ -124,14 +127,17 @@ def shard_tokens(bytes_per_token: int, segment: int) -> int:
     return segment * max(1, min(SHARD_TOKENS, SHARD_BYTES // bytes_per_token) // segment)
 
 
-def _divisor(number: int, at_most: int) -> int:
-    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
+def _cut(length: int, at_most: int, may_grow: bool) -> tuple[int, int]:
+    """Cut a shard into equal chunks; one that nothing comes after may grow to be cut evenly."""
+    if may_grow:
+        pieces = -(-length // at_most)
+        chunk = -(-length // pieces)
+        return chunk, pieces * chunk
+    return next(d for d in range(min(length, at_most), 0, -1) if length % d == 0), length
 
 
 class RecordWriter:
     """Fills a record in; see the module's docstring for the order of writes."""
-
-    resumable: ClassVar[bool] = True
 
     def __init__(self, store: StoreLike, root: zarr.Group, layout: Layout) -> None:
         self._store, self._root, self.layout = store, root, layout
@@ -319,6 +325,7 @@ def _create(
         fill_value=np.nan if variable.dtype.startswith("float") else 0,
         dimension_names=variable.dims,
         attributes={"long_name": variable.long_name, "units": variable.units},
+        config={"write_empty_chunks": True},  # to look for them costs more than to write them
     )
     if values is not None:
         array[:] = values

@@ -6,9 +6,10 @@ import hashlib
 import json
 import platform
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -145,25 +146,23 @@ def trace(
     length = -(-min(asked, ids.shape[1]) // window) * window
     plan = _Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
     if store is None:
-        kept = MemoryRecord(plan.layout, plan.attributes(), ids.numpy())
-        _run(plan, kept, progress)
-        _warn_of_nonfinite(kept.attributes)
-        return kept.tree()
+        memory = MemoryRecord(plan.layout, plan.attributes(), ids.numpy())
+        _run(plan, lambda: memory, progress)
+        _warn_of_nonfinite(memory.attributes)
+        return memory.tree()
     place = as_place(store)
     fingerprint = plan.fingerprint()
     root = claim(place, fingerprint, overwrite)
     if root is None:
         attributes = {**plan.attributes(), "fingerprint": fingerprint}
-        writer = RecordWriter.create(place, plan.layout, attributes, ids.numpy())
+        create = partial(RecordWriter.create, place, plan.layout, attributes, ids.numpy())
+        _run(plan, create, progress, on_disk=True)
     else:
         writer = RecordWriter.resume(place, root, plan.layout)
-    try:
-        _run(plan, writer, progress, writer.read_carry())
-    except BaseException:
-        writer.discard_if_empty()
-        raise
-    _warn_of_nonfinite(writer.attributes)
-    return record.open(place)
+        _run(plan, lambda: writer, progress, on_disk=True, kept=writer.read_carry())
+    tree = record.open(place)
+    _warn_of_nonfinite(tree.attrs)
+    return tree
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,13 @@ class _Plan:
         return hashed.hexdigest()
 
 
-def _run(plan: _Plan, writer: Writer, progress: bool | None, kept: bytes | None = None) -> None:
+def _run(
+    plan: _Plan,
+    open_writer: Callable[[], Writer],
+    progress: bool | None,
+    on_disk: bool = False,
+    kept: bytes | None = None,
+) -> None:
     tokens, reader = plan.ids.shape[1], plan.reader()
     carry = Carry.fresh(plan.model) if kept is None else Carry.from_bytes(kept, plan.model, reader.device)
     ahead = _tokens_to_read_ahead(plan) if kept is None else 0
@@ -268,14 +273,14 @@ def _run(plan: _Plan, writer: Writer, progress: bool | None, kept: bytes | None 
         bar.update(carry.position * len(plan.ids))
         if ahead:
             carry = _read_ahead(plan, reader, ahead, bar)
-        with Recorder(writer, plan.layout, plan.watch, reader.device) as recorder:
+        with Recorder(open_writer, on_disk, plan.layout, plan.watch, reader.device) as recorder:
             while (start := carry.position) < tokens:
                 end = plan.commit_after(start)
                 recorder.begin(start, end)
                 while (start := carry.position) < end:
                     reader.read(carry, plan.stop_after(start), recorder)
                     bar.update((carry.position - start) * len(plan.ids))
-                recorder.commit(None if end == tokens else carry.freeze() if writer.resumable else bytes)
+                recorder.commit(None if end == tokens else carry.freeze() if on_disk else bytes)
 
 
 def _tokens_to_read_ahead(plan: _Plan) -> int:
@@ -356,7 +361,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _warn_of_nonfinite(attributes: Mapping[str, Any]) -> None:
+def _warn_of_nonfinite(attributes: Mapping[Any, Any]) -> None:
     first = attributes.get("first_nonfinite")
     if first:
         place = ", ".join(f"{k} {v}" for k, v in first.items() if k != "variable")

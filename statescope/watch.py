@@ -144,8 +144,8 @@ def thin(steps: Steps, window: int) -> dict[str, Tensor]:
     if window == 1:
         return fields
     time = steps.log_decay.shape[1]
-    last = torch.tensor([*range(window - 1, time, window), *([time - 1] if time % window else [])])
-    last = last.to(steps.log_decay.device)
+    last = torch.arange(window - 1, time + window - 1, window, device=steps.log_decay.device)
+    last = last.clamp(max=time - 1)
     energy = steps.write_norm.double().square()
     total = _sums(energy, window)
     weighted = _sums(energy * steps.write_overlap, window)

@@ -103,13 +103,15 @@ def test_bulk_copies(time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(r, fused.scan(r, positions=(70,)), (70,))
 
 
-def test_any_layout() -> None:
-    r = draw(SMALL, DEVICE)
+@pytest.mark.parametrize("case", [SMALL, Case(70, batch=2, heads=3, key=20, value=33)], ids=str)
+def test_any_layout(case: Case) -> None:
+    r = draw(case, DEVICE)
     twisted = {
         name: getattr(r, name).movedim(1, -1).contiguous().movedim(-1, 1)
         for name in ("q", "k", "v", "log_decay", "write_scale")
     }
-    twisted["initial_state"] = r.initial_state.mT.contiguous().mT
+    if r.initial_state is not None:
+        twisted["initial_state"] = r.initial_state.mT.contiguous().mT
     check(r, fused.scan(r.replace(**twisted), positions=(9,)), (9,))
 
 
