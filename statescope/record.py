@@ -39,17 +39,27 @@ def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
     ValueError
         If it is no record, a newer one, or a damaged one; says what is missing.
     """
+    attributes: dict[str, Any] = dict(_validated(store).attrs)
+    return assemble(open_groups(store, chunks=chunks), attributes)
+
+
+def open_groups(store: Any, *, chunks: Any = None) -> dict[str, xr.Dataset]:
+    """Open the groups of a record as they are laid out, written or not; see :func:`open`."""
     root = _validated(store)
-    attributes: dict[str, Any] = dict(root.attrs)
-    committed, watch = int(attributes["committed"]), json.loads(attributes["watch"])
-    names = [g for g in GROUPS if g in REQUIRED or watch[g]]
-    for name in names:
+    watch = json.loads(str(root.attrs["watch"]))
+    datasets = {}
+    for name in [g for g in GROUPS if g in REQUIRED or watch[g]]:
         _check_group(root, name, watch["window"], store)
-    tree = {"/": xr.Dataset(attrs=attributes)}
-    for name in names:
         dataset = xr.open_zarr(store, group=name, consolidated=False, chunks=chunks)
-        tree[f"/{name}"] = _trim(dataset[list(group_variables(name, watch["window"]))], committed)
-    return xr.DataTree.from_dict(tree)
+        datasets[name] = dataset[list(group_variables(name, watch["window"]))]
+    return datasets
+
+
+def assemble(groups: dict[str, xr.Dataset], attributes: dict[str, Any]) -> xr.DataTree:
+    """Join groups to a record, trimmed to what is committed."""
+    committed = int(attributes["committed"])
+    trimmed = {f"/{name}": _trim(dataset, committed) for name, dataset in groups.items()}
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), **trimmed})
 
 
 def _validated(store: Any) -> zarr.Group:
@@ -94,6 +104,9 @@ def _check_group(root: zarr.Group, group: str, window: int, store: Any) -> None:
 def _trim(dataset: xr.Dataset, committed: int) -> xr.Dataset:
     """Drop everything about tokens that were not safely written."""
     for dim in ("token", "position", "probe"):
-        if dim in dataset.dims:
-            dataset = dataset.isel({dim: slice(0, int((dataset[dim].values < committed).sum()))})
+        if (
+            dim in dataset.dims
+            and (kept := int((dataset[dim].values < committed).sum())) < dataset.sizes[dim]
+        ):
+            dataset = dataset.isel({dim: slice(0, kept)})
     return dataset

@@ -32,6 +32,9 @@ StoreLike = str | Path | Store
 SHARD_BYTES = 64 * 2**20
 """Upper bound of one variable's shard, uncompressed."""
 
+SHARD_LAYERS = 4
+"""So many layers share a shard if the bytes allow it."""
+
 SHARD_TOKENS = 16384
 """Upper bound of the tokens between two commits."""
 
@@ -85,10 +88,14 @@ class Layout:
 
     @property
     def layers_per_shard(self) -> int:
-        """How many layers one shard of ``/steps`` or ``/probes`` holds."""
+        """How many layers one shard of ``/steps`` or ``/probes`` holds: at most a quarter of many.
+
+        What is written while other layers are read costs no time.
+        """
         width = self.shard if self.probes else -(-self.shard // self.window)
         bytes_of_a_layer = 4 * self.sequences * len(self.heads) * width
-        return min(len(self.layers), max(1, SHARD_BYTES // bytes_of_a_layer))
+        wanted = max(SHARD_LAYERS, len(self.layers) // 4)
+        return max(1, min(wanted, len(self.layers), SHARD_BYTES // bytes_of_a_layer))
 
     def shards(self, group: str, variable: Variable) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chunk and shard shapes of a variable."""

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -147,22 +146,24 @@ def trace(
     plan = _Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
     if store is None:
         memory = MemoryRecord(plan.layout, plan.attributes(), ids.numpy())
-        _run(plan, lambda: memory, progress)
-        _warn_of_nonfinite(memory.attributes)
+        _warn_of_nonfinite(_run(plan, lambda: memory, progress))
         return memory.tree()
     place = as_place(store)
     fingerprint = plan.fingerprint()
     root = claim(place, fingerprint, overwrite)
-    if root is None:
+    resumed = None if root is None else RecordWriter.resume(place, root, plan.layout)
+    groups: dict[str, xr.Dataset] = {}
+
+    def open_writer() -> RecordWriter:
         attributes = {**plan.attributes(), "fingerprint": fingerprint}
-        create = partial(RecordWriter.create, place, plan.layout, attributes, ids.numpy())
-        _run(plan, create, progress, on_disk=True)
-    else:
-        writer = RecordWriter.resume(place, root, plan.layout)
-        _run(plan, lambda: writer, progress, on_disk=True, kept=writer.read_carry())
-    tree = record.open(place)
-    _warn_of_nonfinite(tree.attrs)
-    return tree
+        writer = resumed or RecordWriter.create(place, plan.layout, attributes, ids.numpy())
+        groups.update(record.open_groups(place))
+        return writer
+
+    kept = None if resumed is None else resumed.read_carry()
+    attributes = _run(plan, open_writer, progress, on_disk=True, kept=kept)
+    _warn_of_nonfinite(attributes)
+    return record.assemble(groups, attributes)
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,8 @@ def _run(
     progress: bool | None,
     on_disk: bool = False,
     kept: bytes | None = None,
-) -> None:
+) -> dict[str, Any]:
+    """Read, measure and record; return the record's attributes."""
     tokens, reader = plan.ids.shape[1], plan.reader()
     carry = Carry.fresh(plan.model) if kept is None else Carry.from_bytes(kept, plan.model, reader.device)
     ahead = _tokens_to_read_ahead(plan) if kept is None else 0
@@ -281,6 +283,7 @@ def _run(
                     reader.read(carry, plan.stop_after(start), recorder)
                     bar.update((carry.position - start) * len(plan.ids))
                 recorder.commit(None if end == tokens else carry.freeze() if on_disk else bytes)
+        return recorder.writer.attributes
 
 
 def _tokens_to_read_ahead(plan: _Plan) -> int:
@@ -361,7 +364,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _warn_of_nonfinite(attributes: Mapping[Any, Any]) -> None:
+def _warn_of_nonfinite(attributes: Mapping[str, Any]) -> None:
     first = attributes.get("first_nonfinite")
     if first:
         place = ", ".join(f"{k} {v}" for k, v in first.items() if k != "variable")
