@@ -75,7 +75,7 @@ class Recorder:
     Parameters
     ----------
     open_writer : callable
-        Opens what the record goes to; it takes a while and is called beside the reading.
+        Opens what the record goes to. It takes a while, so it is called once there is nothing to launch.
     by_shards : bool
         Whether a write should be a whole shard; else it is a layer.
     layout : Layout
@@ -98,7 +98,7 @@ class Recorder:
         self._height = layout.layers_per_shard if by_shards else 1  # layers of one write
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="statescope-recorder")
-        self._opened = self._pool.submit(open_writer)
+        self._open_writer, self._opened = open_writer, Future[Writer]()
         self._nonfinite: Mapping[str, Any] | None = None
         self._waiting: deque[Future[None]] = deque()
         self._last_commit: Future[None] | None = None
@@ -112,13 +112,14 @@ class Recorder:
             if kind is None:
                 self._wait(0)
         finally:
+            never_opened = self._opened.cancel()  # or threads would wait for it
             self._pool.shutdown(cancel_futures=kind is not None)
-            if kind is not None and not self._opened.cancelled() and self._opened.exception() is None:
+            if kind is not None and not never_opened:
                 self.writer.discard_if_empty()
 
     @property
     def writer(self) -> Writer:
-        """What the record goes to, as soon as it is open."""
+        """What the record goes to; a thread waits until it is open."""
         return self._opened.result()
 
     def begin(self, start: int, stop: int) -> None:
@@ -164,6 +165,7 @@ class Recorder:
 
     def commit(self, carry: Callable[[], bytes] | None) -> None:
         """Commit the interval; ``carry`` is None at the end of the text."""
+        self._open()
         now, arrived, former = self._now, self._arrival(), self._last_commit
         waiting = [*now.writes] if former is None else [former, *now.writes]
 
@@ -212,8 +214,13 @@ class Recorder:
         self._waiting.append(self._pool.submit(work))
         return self._waiting[-1]
 
+    def _open(self) -> None:
+        if not self._opened.done():
+            self._opened.set_result(self._open_writer())
+
     def _wait(self, left: int) -> None:
         while len(self._waiting) > left:
+            self._open()
             self._waiting.popleft().result()
 
     @contextlib.contextmanager
