@@ -32,7 +32,7 @@ class MemoryRecord:
         self._arrays: dict[str, NDArray[Any]] = {}
         for group in layout.groups():
             for name, variable in group_variables(group, layout.window).items():
-                shape = tuple(len(layout.coordinate(group, d)) for d in variable.dims)
+                shape = tuple(layout.size(group, d) for d in variable.dims)
                 partly = name in ("contribution", "share")  # tokens out of a probe's reach are not written
                 self._arrays[f"{group}/{name}"] = (
                     np.full(shape, np.nan, variable.dtype) if partly else np.empty(shape, variable.dtype)

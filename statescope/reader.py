@@ -24,8 +24,11 @@ Edit = Callable[[int, Recurrence], Recurrence]
 
 STEPS = tuple(Steps.__dataclass_fields__)
 
+LOSS_PIECES = 8
+"""The loss of long segments is computed in so many pieces, each with its own copy of logits in float32."""
+
 LOGIT_ROWS = 1024
-"""Tokens whose logits are held in float32 at once for the loss."""
+"""Least number of tokens of such a piece."""
 
 
 class Anatomy(NamedTuple):
@@ -57,7 +60,7 @@ class Measured:
     share_before: dict[int, Tensor] = field(default_factory=dict)  # by probe: (batch, head)
 
 
-_surveyed: WeakKeyDictionary[nn.Module, tuple[Any, Anatomy]] = WeakKeyDictionary()
+_surveyed: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Anatomy]] = WeakKeyDictionary()
 """What :func:`survey` found: many texts are read with one model."""
 
 
@@ -93,9 +96,9 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
     expected = mixers(model)
     first = next(model.parameters())
     asked = (backend, first.device, first.dtype, tuple(map(id, expected.values())))
-    known, anatomy = _surveyed.get(model, (None, None))
-    if known == asked and anatomy is not None:
-        return anatomy
+    known = _surveyed.setdefault(model, {})
+    if asked in known:
+        return known[asked]
     found: dict[int, tuple[int, int, int, str]] = {}
 
     def note(layer: int, call: Call, run_own: Callable[[], Any]) -> Any:
@@ -115,7 +118,7 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
     if len(set(found.values())) > 1:
         raise ValueError(f"model: its recurrent layers differ in (heads, key, value): {found}; choose layers")
     anatomy = Anatomy(tuple(expected), *next(iter(found.values())))
-    _surveyed[model] = asked, anatomy
+    known[asked] = anatomy
     return anatomy
 
 
@@ -190,10 +193,11 @@ class Reader:
     def _loss(self, logits: Tensor, carry: Carry, stop: int) -> Tensor:
         """Loss of every token of the segment; that of the token after it waits in the carry."""
         targets = self.ids[:, carry.position + 1 : stop + 1].to(self.device)
-        rows = logits[:, : targets.shape[1]].flatten(0, 1).split(LOGIT_ROWS)
+        height = max(LOGIT_ROWS, -(-targets.numel() // LOSS_PIECES))
+        rows = logits[:, : targets.shape[1]].flatten(0, 1).split(height)
         losses = [
             cross_entropy(part.float(), wanted, reduction="none")
-            for part, wanted in zip(rows, targets.flatten().split(LOGIT_ROWS), strict=True)
+            for part, wanted in zip(rows, targets.flatten().split(height), strict=True)
         ]
         predicted = torch.cat(losses).view(targets.shape)
         first = carry.pending_loss

@@ -75,7 +75,7 @@ class Recorder:
     Parameters
     ----------
     open_writer : callable
-        Opens what the record goes to. It takes a while, so it is called once there is nothing to launch.
+        Opens what the record goes to. It takes a while, so it is called when the device has work waiting.
     by_shards : bool
         Whether a write should be a whole shard; else it is a layer.
     layout : Layout
@@ -165,7 +165,6 @@ class Recorder:
 
     def commit(self, carry: Callable[[], bytes] | None) -> None:
         """Commit the interval; ``carry`` is None at the end of the text."""
-        self._open()
         now, arrived, former = self._now, self._arrival(), self._last_commit
         waiting = [*now.writes] if former is None else [former, *now.writes]
 
@@ -210,17 +209,14 @@ class Recorder:
         self.writer.commit(now.stop, data, first_nonfinite=self._nonfinite)
 
     def _submit(self, work: Callable[[], None]) -> Future[None]:
+        if not self._opened.done():
+            self._opened.set_result(self._open_writer())
         self._wait(IN_FLIGHT - 1)
         self._waiting.append(self._pool.submit(work))
         return self._waiting[-1]
 
-    def _open(self) -> None:
-        if not self._opened.done():
-            self._opened.set_result(self._open_writer())
-
     def _wait(self, left: int) -> None:
         while len(self._waiting) > left:
-            self._open()
             self._waiting.popleft().result()
 
     @contextlib.contextmanager

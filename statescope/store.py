@@ -68,18 +68,26 @@ class Layout:
 
     def coordinate(self, group: str, dim: str) -> NDArray[np.int64]:
         """Values of a dimension's coordinate."""
-        ends = np.arange(self.window - 1, self.entries * self.window, self.window)
-        values: Mapping[str, Any] = {
-            "sequence": range(self.sequences),
-            "layer": self.layers,
-            "token": np.minimum(ends, self.tokens - 1) if group == "steps" else range(self.tokens),
-            "head": self.heads,
-            "probe": self.probes,
-            "position": self.snapshots,
-            "key": range(self.key),
-            "value": range(self.value),
+        if dim == "token" and group == "steps":
+            ends = np.arange(self.window - 1, self.entries * self.window, self.window)
+            return np.minimum(ends, self.tokens - 1)
+        named = {"layer": self.layers, "head": self.heads, "probe": self.probes, "position": self.snapshots}
+        values = named[dim] if dim in named else np.arange(self.size(group, dim))
+        return np.asarray(values, dtype=np.int64)
+
+    def size(self, group: str, dim: str) -> int:
+        """Length of a dimension."""
+        lengths = {
+            "sequence": self.sequences,
+            "layer": len(self.layers),
+            "token": self.entries if group == "steps" else self.tokens,
+            "head": len(self.heads),
+            "probe": len(self.probes),
+            "position": len(self.snapshots),
+            "key": self.key,
+            "value": self.value,
         }
-        return np.asarray(values[dim], dtype=np.int64)
+        return lengths[dim]
 
     def groups(self) -> list[str]:
         """Groups this record has."""
@@ -99,7 +107,7 @@ class Layout:
 
     def shards(self, group: str, variable: Variable) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chunk and shard shapes of a variable."""
-        size = {d: max(1, len(self.coordinate(group, d))) for d in variable.dims}
+        size = {d: max(1, self.size(group, d)) for d in variable.dims}
         chunk, shard = dict(size), dict(size)
         if len(size) > 2:
             chunk |= {d: 1 for d in ("sequence", "layer")}
@@ -308,7 +316,7 @@ def _lay_out_group(root: zarr.Group, group: str, layout: Layout) -> None:
         values = layout.coordinate(group, dim)
         _create(target, dim, COORDINATES[dim], values.shape, values.shape, None, values)
     for name, variable in variables.items():
-        shape = tuple(len(layout.coordinate(group, d)) for d in variable.dims)
+        shape = tuple(layout.size(group, d) for d in variable.dims)
         chunks, shards = layout.shards(group, variable)
         _create(target, name, variable, shape, chunks, shards)
 
