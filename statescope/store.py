@@ -32,9 +32,6 @@ StoreLike = str | Path | Store
 SHARD_BYTES = 64 * 2**20
 """Upper bound of one variable's shard, uncompressed."""
 
-SHARD_LAYERS = 4
-"""So many layers share a shard if the bytes allow it."""
-
 SHARD_TOKENS = 16384
 """Upper bound of the tokens between two commits."""
 
@@ -60,6 +57,7 @@ class Layout:
     snapshots: tuple[int, ...]
     probes: tuple[int, ...]
     shard: int  # tokens between two commits, a multiple of the window
+    shard_layers: int | None = None  # layers that share a shard at most; None for as many as fit
 
     @property
     def entries(self) -> int:
@@ -96,14 +94,10 @@ class Layout:
 
     @property
     def layers_per_shard(self) -> int:
-        """How many layers one shard of ``/steps`` or ``/probes`` holds: at most a quarter of many.
-
-        What is written while other layers are read costs no time.
-        """
+        """How many layers one shard of ``/steps`` or ``/probes`` holds."""
         width = self.shard if self.probes else -(-self.shard // self.window)
-        bytes_of_a_layer = 4 * self.sequences * len(self.heads) * width
-        wanted = max(SHARD_LAYERS, len(self.layers) // 4)
-        return max(1, min(wanted, len(self.layers), SHARD_BYTES // bytes_of_a_layer))
+        fitting = SHARD_BYTES // (4 * self.sequences * len(self.heads) * width)
+        return max(1, min(self.shard_layers or len(self.layers), len(self.layers), fitting))
 
     def shards(self, group: str, variable: Variable) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chunk and shard shapes of a variable."""

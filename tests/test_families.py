@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, RECURRENT_LAYERS, assert_close, assert_identical, build, ids
+from tiny import FAMILIES, RECURRENT_LAYERS, Collected, assert_close, assert_identical, build, ids
 from torch import nn
 
 import statescope
@@ -152,7 +152,8 @@ def test_own_scan_replaced(family: str, backend: str, model: nn.Module) -> None:
     for start, stop in ((0, 33), (33, 34), (34, TOKENS)):
         seen: list[torch.Tensor] = []
         hook = model.register_forward_hook(lambda *a, seen=seen: seen.append(a[2].logits))
-        reader.read(mine, stop)
+        with reader.attached():
+            reader.read(mine, stop, Collected())
         hook.remove()
         expected = forward(model, TEXT[:, start:stop], own)
         assert not any(torch.equal(x, expected) for x in seen) or stop - start == 1

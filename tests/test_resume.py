@@ -17,7 +17,7 @@ import pytest
 import torch
 import xarray as xr
 from crashing import SCENARIOS, TEXT, TOKENS
-from tiny import FAMILIES, assert_identical, build, ids
+from tiny import FAMILIES, Collected, assert_identical, build, ids
 from torch import nn
 from zarr.storage import MemoryStore
 
@@ -25,7 +25,7 @@ import statescope
 from statescope import store as store_module
 from statescope.capture import mixers
 from statescope.carry import Carry
-from statescope.reader import Measured, Reader
+from statescope.reader import Reader
 from statescope.store import RecordWriter
 from statescope.watch import Watch
 
@@ -322,20 +322,6 @@ def reader_of(model: nn.Module, text: torch.Tensor) -> Reader:
     return Reader(model, text, watch, "chunked", own_outputs=True)
 
 
-class Tensors(dict[str, torch.Tensor]):
-    """Keeps what segments yield, flat."""
-
-    def take(self, row: int, measured: Measured) -> None:
-        for name, (first, x) in measured.fields.items():
-            self[f"{row} {name} {first}"] = x
-        self |= {f"{row} state {p}": x for p, x in measured.states.items()}
-        self |= {f"{row} share before {p}": x for p, x in measured.share_before.items()}
-
-    def take_loss(self, start: int, loss: torch.Tensor, nonfinite: torch.Tensor) -> None:
-        self[f"loss {start}"] = loss
-        assert nonfinite[1] == -1
-
-
 def content(data: bytes) -> tuple[Any, dict[str, Any]]:
     """Unpack a carry, in whatever order it was packed."""
     size = int.from_bytes(data[:8], "little")
@@ -361,13 +347,13 @@ def test_carry_round_trip(family: str, position: int, dtype: torch.dtype) -> Non
     carry.probe_states, carry.probe_decays = ahead.probe_states, ahead.probe_decays
     if position:
         with reader.attached():
-            reader.read(carry, position, Tensors())
+            reader.read(carry, position, Collected())
     data = carry.to_bytes()
     back = Carry.from_bytes(data, model, torch.device("cpu"))
     assert content(back.to_bytes()) == content(data)
     assert back.position == position
     for stop in (position + 1, 70):
-        expected, found = Tensors(), Tensors()
+        expected, found = Collected(), Collected()
         with reader.attached():
             reader.read(carry, stop, expected)
             reader.read(back, stop, found)

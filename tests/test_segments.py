@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from tiny import Collected
 
 import statescope
 from statescope.carry import Carry
@@ -44,10 +45,12 @@ def test_one_token_at_a_time(name: str, own_outputs: bool, book: np.ndarray) -> 
     model, ids = statescope.load(name), torch.tensor(book[None, :150])
     watch = Watch.resolve(tokens=150, model_layers=range(4), model_heads=8)
     reader = Reader(model, ids, watch, "chunked", own_outputs)
-    carry = Carry.fresh(model)
-    blocks = [reader.read(carry, stop) for stop in range(1, 151)]
+    carry, seen = Carry.fresh(model), Collected()
+    with reader.attached():
+        for stop in range(1, 151):
+            reader.read(carry, stop, seen)
     want = statescope.trace(model, ids)
     for variable in want["steps"].data_vars:
-        got = torch.cat([b.steps[variable] for b in blocks], 2).numpy()
+        got = np.stack([seen.joined(layer, f"steps/{variable}") for layer in range(4)], 1)
         truth = want["steps"][variable].values
         assert np.sqrt(((got - truth) ** 2).mean()) <= RMS * np.sqrt((truth**2).mean()), variable

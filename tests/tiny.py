@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import nn
+
+from statescope.reader import Measured
 
 VOCABULARY = 64
 
@@ -158,3 +161,23 @@ def assert_close(a: xr.DataTree, b: xr.DataTree, rtol: float = 1e-5) -> None:
             scale = abs(x).max(over) if name != "write_overlap" else xr.ones_like(x)
             error = float((abs(x - y) / scale.where(scale > 0, 1)).max())
             assert error <= rtol, f"{group}/{name} differs by {error:.2g} of its scale"
+
+
+class Collected(dict[str, torch.Tensor]):
+    """Keeps what segments yield, flat."""
+
+    def take(self, row: int, measured: Measured) -> None:
+        for name, (first, x) in measured.fields.items():
+            self[f"{row} {name} {first}"] = x
+        self |= {f"{row} state {p}": x for p, x in measured.states.items()}
+        self |= {f"{row} share before {p}": x for p, x in measured.share_before.items()}
+
+    def take_loss(self, start: int, loss: torch.Tensor, nonfinite: torch.Tensor) -> None:
+        self[f"loss {start}"] = loss
+        assert nonfinite[1] == -1
+
+    def joined(self, row: int, name: str) -> np.ndarray:
+        """One variable of one layer over all tokens."""
+        prefix = f"{row} {(name, None)} "
+        parts = {int(key.removeprefix(prefix)): x for key, x in self.items() if key.startswith(prefix)}
+        return torch.cat([parts[at] for at in sorted(parts)], 1).numpy()
