@@ -52,6 +52,7 @@ class Library:
     tokens: int
     segments: tuple[int, ...]
     ssm_cfg: dict[str, Any]
+    rtol: float = 1e-5
 
     def build(self, attention: tuple[int, ...] = (), layers: int = 2, **ssm_cfg: Any) -> Any:
         """Build a small model whose states matter."""
@@ -99,7 +100,7 @@ def library(request: pytest.FixtureRequest) -> Iterator[Library]:
 
 
 def imported(patch: pytest.MonkeyPatch) -> Library:
-    """Import mamba_ssm; without a GPU, so that its kernels are interpreted and none is timed."""
+    """Import mamba_ssm; without a GPU its kernels are interpreted."""
     if FOLDER:
         patch.syspath_prepend(FOLDER)
     for name in ("mamba_ssm", "triton", "einops"):
@@ -109,11 +110,8 @@ def imported(patch: pytest.MonkeyPatch) -> Library:
     except ImportError:  # Mamba-2 does without
         patch.setitem(sys.modules, "selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
     if DEVICE == "cpu":
-        from triton.runtime.autotuner import Autotuner
-
-        own = Autotuner.__init__
         patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
-        patch.setattr(Autotuner, "__init__", lambda self, f, n, c, *a, **k: own(self, f, n, c[:1], *a, **k))
+    patch.setenv("MAMBA_DETERMINISTIC", "1")  # one configuration of each kernel, so that none is timed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = ("models.mixer_seq_simple", "models.config_mamba", "utils.generation", "modules.mamba2")
@@ -127,6 +125,7 @@ def imported(patch: pytest.MonkeyPatch) -> Library:
         tokens=24 if DEVICE == "cpu" else 150,
         segments=(3, 16) if DEVICE == "cpu" else (2, 3, 7, 64),
         ssm_cfg={"layer": "Mamba2", "d_state": 16, "headdim": 32, "chunk_size": 16},
+        rtol=1e-5 if DEVICE == "cpu" else 1e-2,  # there its products round what they multiply to TF32
     )
 
 
@@ -176,9 +175,9 @@ def test_one_pass_is_the_model(library: Library, whole: tuple[Any, Any, Tensor])
     for layer in (0, 1):
         state = torch.from_numpy(record["snapshots"].state.sel(layer=layer).values[:, 0])
         kept = params.key_value_memory_dict[layer][1].transpose(-2, -1).cpu()
-        assert error(state, kept) < 1e-5
+        assert error(state, kept) < library.rtol
         norm = torch.from_numpy(record["steps"].state_norm.sel(layer=layer).values[:, -1])
-        assert error(norm, kept.double().flatten(2).norm(dim=-1)) < 1e-5
+        assert error(norm, kept.double().flatten(2).norm(dim=-1)) < library.rtol
     assert record.attrs["model_type"] == library.model.__module__.split(".")[0]
 
 
@@ -187,9 +186,9 @@ def test_segments_of_any_length(library: Library, whole: tuple[Any, Any, Tensor]
     model, record, logits = whole
     for segment in library.segments:
         cut, found = traced(model, library.text(), segment=segment, snapshots=-1)
-        assert error(found, logits) < 1e-5
-        assert_close(cut, record, rtol=2e-5)
-    assert error(plainly(model, library.text()[:, 16:]), logits[:, 16:]) > 1e-2, "what came before matters"
+        assert error(found, logits) < library.rtol
+        assert_close(cut, record, rtol=2 * library.rtol)
+    assert error(plainly(model, library.text()[:, 16:]), logits[:, 16:]) > 1e-1, "what came before matters"
 
 
 def test_what_is_kept_is_what_the_model_keeps(library: Library, whole: tuple[Any, Any, Tensor]) -> None:
@@ -200,18 +199,18 @@ def test_what_is_kept_is_what_the_model_keeps(library: Library, whole: tuple[Any
         part = text[:, start:stop]
         with torch.no_grad(), capture(model, lambda layer, call, run_own: run_own()):
             found = model(part, **caches.inputs(model, cache, start, part)).logits
-        assert error(found, logits[:, start:stop]) < 1e-5
+        assert error(found, logits[:, start:stop]) < library.rtol
     params = library.params(max_seqlen=20, max_batch_size=2)
     plainly(model, text[:, :17], inference_params=params)
     for layer in (0, 1):
         for found, kept in zip(
             cache.key_value_memory_dict[layer], params.key_value_memory_dict[layer], strict=True
         ):
-            assert error(found, kept) < 1e-5
+            assert error(found, kept) < library.rtol
     params.key_value_memory_dict, params.seqlen_offset = cache.key_value_memory_dict, 17
     for t in (17, 18):
         found = plainly(model, text[:, t : t + 1], inference_params=params)
-        assert error(found, logits[:, t : t + 1]) < 1e-5
+        assert error(found, logits[:, t : t + 1]) < library.rtol
         params.seqlen_offset += 1
 
 
@@ -219,8 +218,8 @@ def test_what_is_kept_is_what_the_model_keeps(library: Library, whole: tuple[Any
 def test_own_scan_replaced(backend: str, library: Library, whole: tuple[Any, Any, Tensor]) -> None:
     model, record, logits = whole
     replaced, found = traced(model, library.text(), backend=backend, segment=14, snapshots=-1)
-    assert 0 < error(found, logits) < 1e-5
-    assert_close(replaced, record, rtol=2e-5)
+    assert 0 < error(found, logits) < library.rtol
+    assert_close(replaced, record, rtol=2 * library.rtol)
 
 
 def test_model_is_left_as_it_was(library: Library) -> None:
@@ -445,7 +444,7 @@ def beside_mamba_ssm(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_transformers_beside_mamba_ssm_on_a_cpu(beside_mamba_ssm: str) -> None:
-    """A transformers family binds mamba_ssm's scan where it finds it; on a CPU a capture runs torch's instead."""
+    """Where transformers has bound mamba_ssm's scan, on a CPU a capture runs torch's instead."""
     from tiny import build, ids
 
     expected = statescope.trace(build("mamba2"), ids(40, sequences=2), segment=7)
