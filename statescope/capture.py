@@ -4,28 +4,44 @@ transformers routes every scan of a family through one module-level function. Wh
 that name is bound to a wrapper which asks, per call, whose scan this is: a hook on each mixer says so.
 Calls from anything but the captured model go straight through, and the name is restored at the end,
 also after an exception.
+
+Where mamba_ssm's own models are to go on from an earlier segment, the hook also knows from what, and the
+scan and the convolution are given it (:mod:`statescope.inference`).
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
-from inspect import unwrap
+from functools import cache, partial, wraps
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from statescope.adapters import ADAPTERS, Adapter, Call
+from statescope.inference import Entering, InferenceCache
 
 Handler = Callable[[int, Call, Callable[[], Any]], Any]
 """``handler(layer, call, run_own)`` returns what the model goes on with; ``run_own()`` is its own scan."""
 
-_current: ContextVar[tuple[Handler, int] | None] = ContextVar("statescope_current_layer", default=None)
+CONVOLUTION = "causal_conv1d_fn"
+"""Name under which mamba_ssm's modules call a fused convolution; None where there is none."""
+
+
+class _Current(NamedTuple):
+    """Whose calls are being made."""
+
+    handler: Handler
+    layer: int
+    entering: Entering | None
+
+
+_current: ContextVar[_Current | None] = ContextVar("statescope_current_layer", default=None)
 _lock = threading.Lock()
 _installed: dict[tuple[str, str], int] = {}
 
@@ -51,10 +67,10 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
     modules: Iterable[Any] = model.modules()
     found = {int(m.layer_idx): m for m in modules if hasattr(m, "layer_idx") and _scans(m)}
     if not found:
-        kinds = sorted({f"{a.signature}: {', '.join(a.models)}" for a in ADAPTERS.values()})
+        kinds = sorted({f"{a.signature} ({', '.join(a.models)})" for a in ADAPTERS.values()})
         raise ValueError(
             f"model is a {type(model).__name__}, in which no recurrent state was found;"
-            f" supported are the transformers model types of {'; '.join(kinds)}"
+            f" supported are {'; '.join(kinds)}"
         )
     return dict(sorted(found.items()))
 
@@ -75,7 +91,11 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
             stack.enter_context(_announced(mixer, layer, handler))
             home, names = _scans(mixer)  # type: ignore[misc]
             for name in names:
-                stack.enter_context(_patched(home, name))
+                stack.enter_context(_patched(home, name, partial(_intercepting, ADAPTERS[name])))
+            if "inference_params" in inspect.signature(mixer.forward).parameters:
+                stack.enter_context(_extended(mixer.get_submodule("conv1d")))
+                if getattr(home, CONVOLUTION, None) is not None:
+                    stack.enter_context(_patched(home, CONVOLUTION, _extending))
         yield
 
 
@@ -83,22 +103,72 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
 def _announced(mixer: nn.Module, layer: int, handler: Handler) -> Iterator[None]:
     """While the mixer runs, its calls belong to this handler and layer."""
     tokens: list[Any] = []
-    enter = mixer.register_forward_pre_hook(lambda *_: tokens.append(_current.set((handler, layer))))
-    leave = mixer.register_forward_hook(lambda *_: _current.reset(tokens.pop()), always_call=True)
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache, entering = kwargs.get("inference_params"), None
+        if isinstance(cache, InferenceCache):
+            entering = cache.enter(layer, mixer, len(args[0]))
+        tokens.append(_current.set(_Current(handler, layer, entering)))
+
+    entered = mixer.register_forward_pre_hook(enter, with_kwargs=True)
+    left = mixer.register_forward_hook(lambda *_: _current.reset(tokens.pop()), always_call=True)
     try:
         yield
     finally:
-        enter.remove()
-        leave.remove()
+        entered.remove()
+        left.remove()
 
 
 @contextmanager
-def _patched(module: ModuleType, name: str) -> Iterator[None]:
+def _extended(convolution: nn.Module) -> Iterator[None]:
+    """A convolution that pads with zeros reads what came before the segment instead."""
+
+    def extend(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        entering = _entering()
+        return None if entering is None else (entering.extend(args[0]), *args[1:])
+
+    def drop(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        entering = _entering()
+        return None if entering is None else output[..., entering.context :]
+
+    hooks = convolution.register_forward_pre_hook(extend), convolution.register_forward_hook(drop)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _extending(own: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a function."""
+
+    @wraps(own)
+    def extended(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        entering = _entering()
+        if entering is None:
+            return own(x, *args, **kwargs)
+        return own(entering.extend(x), *args, **kwargs)[..., entering.context :]
+
+    return extended
+
+
+def _entering() -> Entering | None:
+    current = _current.get()
+    return None if current is None else current.entering
+
+
+@contextmanager
+def _patched(
+    module: ModuleType, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
     key = (module.__name__, name)
     with _lock:
         _installed[key] = _installed.get(key, 0) + 1
         if _installed[key] == 1:
-            setattr(module, name, _wrapper(getattr(module, name), ADAPTERS[name]))
+            own: Any = getattr(module, name)
+            replacement: Any = wrapper(own)
+            replacement.__statescope_original__ = own
+            setattr(module, name, replacement)
     try:
         yield
     finally:
@@ -109,20 +179,27 @@ def _patched(module: ModuleType, name: str) -> Iterator[None]:
                 setattr(module, name, getattr(module, name).__statescope_original__)
 
 
-def _wrapper(own: Callable[..., Any], adapter: Adapter) -> Callable[..., Any]:
-    mirror_dtype = not _is_fused(own)
+def _intercepting(adapter: Adapter, own: Callable[..., Any]) -> Callable[..., Any]:
+    fused = _is_fused(own)
 
     @wraps(own)
     def intercepted(*args: Any, **kwargs: Any) -> Any:
         current = _current.get()
         if current is None:
             return own(*args, **kwargs)
-        handler, layer = current
+        if current.entering is not None:
+            kwargs["initial_states"] = current.entering.state
+        run, mirror_dtype = own, not fused
+        if fused and _on_cpu(*args, *kwargs.values()):  # where mamba_ssm cannot run, and torch can
+            run, mirror_dtype = own.__wrapped__, True  # type: ignore[attr-defined]
         call = adapter.read(mirror_dtype, *args, **kwargs)
-        return handler(layer, call, lambda: own(*args, **kwargs))
+        return current.handler(current.layer, call, lambda: run(*args, **kwargs))
 
-    intercepted.__statescope_original__ = own  # type: ignore[attr-defined]
     return intercepted
+
+
+def _on_cpu(*arguments: Any) -> bool:
+    return next(x for x in arguments if isinstance(x, Tensor)).device.type == "cpu"
 
 
 def _is_fused(function: Callable[..., Any]) -> bool:
@@ -151,5 +228,5 @@ def _scans_of(kind: type) -> tuple[ModuleType, list[str]] | None:
 
 
 def _names_used(member: Any) -> tuple[str, ...]:
-    code = getattr(unwrap(getattr(member, "__func__", member)), "__code__", None)
+    code = getattr(inspect.unwrap(getattr(member, "__func__", member)), "__code__", None)
     return code.co_names if isinstance(code, CodeType) else ()

@@ -79,6 +79,14 @@ def load(
     return model.to(place).eval()
 
 
+def settings_of(model: nn.Module) -> str:
+    """Write a live model's configuration as JSON: transformers' own, or mamba_ssm's dataclass."""
+    config: Any = model.config
+    if hasattr(config, "to_json_string"):
+        return str(config.to_json_string())
+    return json.dumps(vars(config), sort_keys=True, default=str)
+
+
 def as_device(device: str | torch.device) -> torch.device:
     """Turn a name such as ``"cuda"`` into a device that is there."""
     try:

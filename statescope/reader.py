@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from statescope import caches
 from statescope.adapters import Call
 from statescope.capture import Handler, capture, mixers
-from statescope.carry import Carry, cache_keyword
+from statescope.carry import Carry
 from statescope.recurrence import Recurrence
 from statescope.scan import ScanOutput, Steps, choose, probe, scan
 from statescope.watch import Watch, thin
@@ -107,7 +108,7 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
         return run_own()
 
     with torch.no_grad(), capture(model, note):
-        output = model(ids[:1, :1], use_cache=False)
+        output = model(ids[:1, :1], **caches.inputs_alone(model))
     if not hasattr(output, "logits"):
         raise ValueError(
             f"model is a {type(model).__name__}, which gives no logits; pass the whole causal language model"
@@ -154,7 +155,6 @@ class Reader:
         self.backend, self.own_outputs, self.edit = backend, own_outputs, edit
         self.device = next(model.parameters()).device
         self.heads = torch.tensor(watch.heads, device=self.device)
-        self._keyword = cache_keyword(model)
         self._handler: Handler | None = None
 
     @contextmanager
@@ -180,10 +180,7 @@ class Reader:
 
     def _forward(self, carry: Carry, stop: int, handler: Handler) -> Tensor:
         ids = self.ids[:, carry.position : stop].to(self.device)
-        inputs = {self._keyword: carry.cache, "use_cache": True}
-        if self._keyword == "past_key_values":  # a hybrid's attention layers must know where they are
-            positions = torch.arange(carry.position, stop, device=self.device)
-            inputs["position_ids"] = positions.expand(ids.shape)
+        inputs = caches.inputs(self.model, carry.cache, carry.position, ids)
         self._handler = handler
         with torch.no_grad():
             output = self.model(ids, **inputs)

@@ -64,7 +64,7 @@ def to_token_ids(text: Any, tokenizer: Any, model: nn.Module) -> Tensor:
         raise ValueError(f"text is empty (shape {ids.shape}); expected at least one token")
     if ids.dtype.kind not in "iu":
         raise TypeError(f"text has dtype {ids.dtype}; expected integer token ids")
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_size(model)
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= vocabulary:
         bad = lowest if lowest < 0 else highest
@@ -133,6 +133,12 @@ def _as_array(text: Any) -> NDArray[Any]:
         raise ValueError("text holds sequences of different lengths; trace them one by one") from error
 
 
-def _vocabulary(model: nn.Module) -> int:
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of token ids that a model can read."""
+    if hasattr(model, "get_input_embeddings"):
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    else:  # mamba_ssm has no such method
+        embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+        if embedding is None:
+            raise ValueError(f"model is a {type(model).__name__} without an embedding of token ids")
     return int(embedding.weight.shape[0])

@@ -18,11 +18,11 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from statescope import record
+from statescope import caches, record
 from statescope.capture import mixers
 from statescope.carry import Carry
 from statescope.memory import MemoryRecord
-from statescope.models import as_device, as_dtype, load
+from statescope.models import as_device, as_dtype, load, settings_of
 from statescope.reader import Anatomy, Edit, Reader, survey
 from statescope.recorder import Recorder, Writer
 from statescope.scan import BACKENDS
@@ -66,8 +66,9 @@ def trace(
 
     Parameters
     ----------
-    model : transformers model, str or Path
-        A live model in evaluation mode, or what :func:`statescope.load` takes.
+    model : transformers or mamba_ssm model, str or Path
+        A live model in evaluation mode, or what :func:`statescope.load` takes. Of mamba_ssm a
+        ``MambaLMHeadModel`` with Mamba-2 layers, read as with ``use_mem_eff_path=False``.
     text : str, or integers (token,) or (sequence, token)
         A text, or token ids as list, array or tensor.
     tokenizer : optional
@@ -144,6 +145,8 @@ def trace(
     asked = max(segment or _usual_segment(next(model.parameters()).device), 2)
     length = -(-min(asked, ids.shape[1]) // window) * window
     plan = _Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
+    if plan.stop_after(0) < ids.shape[1]:
+        caches.refuse_segments(model)
     if store is None:
         memory = MemoryRecord(plan.layout, plan.attributes(), ids.numpy())
         _warn_of_nonfinite(_run(plan, lambda: memory, progress))
@@ -228,7 +231,7 @@ class _Plan:
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "statescope_version": version("statescope-ssm"),
             "model_id": self.model_id,
-            "model_type": str(getattr(config, "model_type", type(self.model).__name__)),
+            "model_type": str(getattr(config, "model_type", type(self.model).__module__.split(".")[0])),
             "train_length": train_length,
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "device": str(next(self.model.parameters()).device),
@@ -244,7 +247,6 @@ class _Plan:
 
     def fingerprint(self) -> str:
         """Hash of all that decides the numbers of a record."""
-        config: Any = self.model.config
         hashed = hashlib.sha256(self.ids.numpy().tobytes())
         weights = self.model.state_dict()
         samples = [w.detach().flatten()[:: max(1, w.numel() // 64)].double() for w in weights.values()]
@@ -252,7 +254,7 @@ class _Plan:
         hashed.update(repr([(name, tuple(w.shape), w.dtype) for name, w in weights.items()]).encode())
         settings = [
             asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
-            tuple(self.ids.shape), config.to_json_string(),
+            tuple(self.ids.shape), settings_of(self.model),
         ]  # fmt: skip
         hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return hashed.hexdigest()
@@ -311,7 +313,8 @@ def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]
         return load(model, device=device, dtype=dtype), str(model)
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(
-            f"model is a {type(model).__name__}; expected a transformers model, a name or a folder"
+            f"model is a {type(model).__name__}; expected a transformers model (or mamba_ssm's),"
+            " a name or a folder"
         )
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first")

@@ -14,8 +14,9 @@ from torch import nn
 
 import statescope
 from statescope.adapters import ADAPTERS
+from statescope.caches import keyword as cache_keyword
 from statescope.capture import capture, mixers
-from statescope.carry import Carry, cache_keyword
+from statescope.carry import Carry
 from statescope.kernels import reference
 from statescope.reader import Reader
 from statescope.watch import Watch

@@ -5,9 +5,9 @@ architecture is supported as soon as its modeling module calls a function of a k
 """
 
 from statescope.adapters.interface import Adapter, Call
-from statescope.adapters.mamba2 import CHUNK_SCAN, STATE_UPDATE
+from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
 
-ADAPTERS: dict[str, Adapter] = {adapter.function: adapter for adapter in (CHUNK_SCAN, STATE_UPDATE)}
+ADAPTERS: dict[str, Adapter] = {a.function: a for a in (CHUNK_SCAN, STATE_UPDATE, CHUNK_SCAN_COMBINED)}
 """Adapters by the name of the function they read."""
 
 __all__ = ["ADAPTERS", "Adapter", "Call"]

@@ -36,9 +36,9 @@ class Adapter:
     function : str
         The name under which modeling modules call it.
     signature : str
-        The family's name, as users know it.
+        The family's name, as users know it, and the library's.
     models : tuple of str
-        The transformers model types whose modeling modules call it.
+        The models that call it: transformers model types, or classes.
     read : callable
         ``read(mirror_dtype, *args, **kwargs) -> Call``. ``mirror_dtype`` tells that the model's own
         scan does its elementwise arithmetic in the model's dtype (transformers' torch path) rather

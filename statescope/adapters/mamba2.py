@@ -64,13 +64,67 @@ def read_chunk_scan(
 
     def answer(output: ScanOutput) -> Any:
         assert output.y is not None
-        y = output.y if z is None else output.y * silu(z)
+        y = output.y if z is None else output.y * silu(z.to(output.y.dtype))
         # transformers' torch scan answers in float32, the fused one in the model's dtype.
         y = y.to(torch.float32 if mirror_dtype else hidden_states.dtype)
         state = output.final_state.transpose(-2, -1).to(torch.float32, memory_format=torch.contiguous_format)
         return (y, state) if return_final_states else y
 
     return Call(recurrence, answer)
+
+
+def read_chunk_scan_combined(
+    _: bool,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> Call:
+    """Read ``mamba_chunk_scan_combined`` of mamba_ssm: a stretch of tokens.
+
+    Shapes as for :func:`read_chunk_scan`; the gate ``z`` (batch, time, heads, head_dim); ``D`` (heads,) or
+    (heads, head_dim). It always works in float32 and answers in the dtype of ``x``.
+    """
+    if cu_seqlens is not None or return_varlen_states:
+        raise ValueError("the model was called with packed sequences (cu_seqlens); trace them one by one")
+    per_channel = D is not None and D.ndim == 2
+    call = read_chunk_scan(
+        False,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=None if per_channel else D,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        return_final_states=return_final_states,
+        z=z,
+        seq_idx=seq_idx,
+    )
+    return Call(call.recurrence, _refuse_answer) if per_channel else call
+
+
+def _refuse_answer(_: ScanOutput) -> Any:
+    raise ValueError(
+        "model has a skip D for every channel (D_has_hdim), which our scan has not; let the model's own scan"
+        " compute the outputs: backend='auto', no edit"
+    )
 
 
 def read_state_update(
@@ -124,5 +178,11 @@ def _step_size(
     return dt if limit == (0.0, math.inf) and use_softplus else torch.clamp(dt, *limit)
 
 
-CHUNK_SCAN = Adapter("mamba2_chunk_scan", "Mamba-2", MODELS, read_chunk_scan)
-STATE_UPDATE = Adapter("mamba2_selective_state_update", "Mamba-2", MODELS, read_state_update)
+CHUNK_SCAN_COMBINED = Adapter(
+    "mamba_chunk_scan_combined",
+    "Mamba-2 of mamba_ssm",
+    ("MambaLMHeadModel with layer Mamba2",),
+    read_chunk_scan_combined,
+)
+CHUNK_SCAN = Adapter("mamba2_chunk_scan", "Mamba-2 of transformers", MODELS, read_chunk_scan)
+STATE_UPDATE = Adapter("mamba2_selective_state_update", "Mamba-2 of transformers", MODELS, read_state_update)

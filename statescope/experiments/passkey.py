@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from statescope import caches
 from statescope.adapters import Call
 from statescope.capture import capture
-from statescope.carry import Carry, cache_keyword
+from statescope.carry import Carry
 from statescope.scan import scan
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -105,7 +106,6 @@ def answer(model: nn.Module, ids: Tensor, new_tokens: int, segment: int = 4096) 
     -------
     Tensor, (batch, new_tokens)
     """
-    keyword = cache_keyword(model)
     device = next(model.parameters()).device
     cache = Carry.fresh(model).cache
     fed, position = ids.to(device), 0
@@ -113,10 +113,7 @@ def answer(model: nn.Module, ids: Tensor, new_tokens: int, segment: int = 4096) 
     with torch.no_grad(), capture(model, _our_scan):
         while len(chosen) < new_tokens:
             for part in fed.split(segment, 1):
-                inputs: dict[str, Any] = {keyword: cache, "use_cache": True, "logits_to_keep": 1}
-                if keyword == "past_key_values":
-                    positions = torch.arange(position, position + part.shape[1], device=device)
-                    inputs["position_ids"] = positions.expand(part.shape)
+                inputs = caches.inputs(model, cache, position, part) | {"logits_to_keep": 1}
                 logits = model(part, **inputs).logits
                 position += part.shape[1]
             fed = logits[:, -1:].argmax(-1)

@@ -1,0 +1,138 @@
+"""How each kind of model carries its state from one forward pass to the next.
+
+transformers' models fill a ``DynamicCache``; mamba_ssm's an ``InferenceParams``, for which
+:class:`~statescope.inference.InferenceCache` stands.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from statescope.capture import mixers
+from statescope.inference import InferenceCache
+
+Cache = DynamicCache | InferenceCache
+
+KEYWORDS = ("cache_params", "past_key_values", "inference_params")
+"""Names under which models take their cache; the last is mamba_ssm's."""
+
+
+def keyword(model: nn.Module) -> str:
+    """Name of the model's cache argument.
+
+    Raises
+    ------
+    ValueError
+        If the model takes none, so that a text cannot be read in segments.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    for name in KEYWORDS:
+        if name in parameters:
+            return name
+    raise ValueError(f"model is a {type(model).__name__}, which takes no cache ({' or '.join(KEYWORDS)})")
+
+
+def fresh(model: nn.Module) -> Cache:
+    """Make the cache with which a text begins."""
+    if keyword(model) == "inference_params":
+        return InferenceCache()
+    config: Any = model.config
+    return DynamicCache(config=config)
+
+
+def inputs(model: nn.Module, cache: Cache, start: int, ids: Tensor) -> dict[str, Any]:
+    """Arguments of the forward pass that reads ``ids``, (batch, time), from token ``start`` on."""
+    name, stop = keyword(model), start + ids.shape[1]
+    if isinstance(cache, InferenceCache):
+        cache.max_seqlen = stop
+        return {name: cache}
+    given: dict[str, Any] = {name: cache, "use_cache": True}
+    if name == "past_key_values":  # a hybrid's attention layers must know where they are
+        given["position_ids"] = torch.arange(start, stop, device=ids.device).expand(ids.shape)
+    return given
+
+
+def inputs_alone(model: nn.Module) -> dict[str, Any]:
+    """Arguments of a forward pass with nothing before or after it.
+
+    mamba_ssm's mixers call their scan by its name only where states are to be kept.
+    """
+    names = inspect.signature(model.forward).parameters
+    return {"inference_params": InferenceCache()} if "inference_params" in names else {"use_cache": False}
+
+
+def refuse_segments(model: nn.Module) -> None:
+    """Refuse a model that can only read a text in one pass.
+
+    Raises
+    ------
+    ValueError
+        If it has attention layers of mamba_ssm: these go on by single tokens, and in torch's attention not
+        even then with a mask that fits; names ``segment``.
+    """
+    if keyword(model) != "inference_params":
+        return
+    depths = {int(m.layer_idx) for m in model.modules() if hasattr(m, "layer_idx")}  # type: ignore[arg-type]
+    others = sorted(depths - set(mixers(model)))
+    if others:
+        raise ValueError(
+            f"model is a {type(model).__name__} with attention at layers {others}, which cannot go on from an"
+            " earlier segment; pass segment= the length of the text, so that it is read in one"
+        )
+
+
+def unpack(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take a cache apart: its tensors by path, and by layer all else as JSON can hold it."""
+    tensors: dict[str, Tensor] = {}
+    if isinstance(cache, InferenceCache):
+        for depth, (last_inputs, state) in cache.key_value_memory_dict.items():
+            tensors |= {f"{depth}/inputs": last_inputs, f"{depth}/state": state}
+        return tensors, {}
+    plain: dict[str, Any] = {}
+    for i, layer in enumerate(cache.layers):
+        plain[str(i)] = {}
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                tensors[f"{i}/{name}"] = value
+            elif isinstance(value, dict):
+                held = {k: v for k, v in value.items() if isinstance(v, Tensor)}
+                tensors |= {f"{i}/{name}/{k}": v for k, v in held.items()}
+                plain[str(i)][name] = {k: v for k, v in value.items() if k not in held}
+            elif isinstance(value, torch.dtype):
+                plain[str(i)][name] = {"torch": str(value).removeprefix("torch.")}
+            elif isinstance(value, torch.device):
+                plain[str(i)][name] = {"device": value.type}
+            else:
+                plain[str(i)][name] = value
+    return tensors, plain
+
+
+def restore(cache: Cache, tensors: dict[str, Tensor], plain: dict[str, Any], device: torch.device) -> None:
+    """Fill a fresh cache with what :func:`unpack` gave; the tensors are on the device already."""
+    if isinstance(cache, InferenceCache):
+        for depth in {int(path.split("/")[0]) for path in tensors}:
+            cache.key_value_memory_dict[depth] = (tensors[f"{depth}/inputs"], tensors[f"{depth}/state"])
+        return
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
+        for name, value in plain[str(i)].items():
+            setattr(layer, name, _plain(value, device))
+    for path, tensor in tensors.items():
+        index, name, *key = path.split("/")
+        if key:
+            getattr(layers[int(index)], name)[int(key[0])] = tensor
+        else:
+            setattr(layers[int(index)], name, tensor)
+
+
+def _plain(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "device" in value:
+        return device
+    return getattr(torch, value["torch"]) if "torch" in value else {int(k): v for k, v in value.items()}
