@@ -10,26 +10,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from statescope import caches
 from statescope.adapters import Call
 from statescope.capture import Handler, capture, mixers
 from statescope.carry import Carry
 from statescope.recurrence import Recurrence
-from statescope.scan import ScanOutput, Steps, choose, probe, scan
+from statescope.scan import ScanOutput, Steps, choose, probe, scan, token_loss
 from statescope.watch import Watch, thin
 
 Edit = Callable[[int, Recurrence], Recurrence]
 """``edit(layer, recurrence)`` returns the recurrence to run instead."""
 
 STEPS = tuple(Steps.__dataclass_fields__)
-
-LOSS_PIECES = 8
-"""The loss of long segments is computed in so many pieces, each with its own copy of logits in float32."""
-
-LOGIT_ROWS = 1024
-"""Least number of tokens of such a piece."""
 
 
 class Anatomy(NamedTuple):
@@ -43,10 +36,20 @@ class Anatomy(NamedTuple):
 
 
 Field = tuple[str, int | None]
-"""``group/variable`` and, for what is told apart by probe, the probe."""
+"""Variables measured together: ``("steps", None)``, or ``("probes", p)`` for those of one probe."""
+
+ATTRIBUTED = ("contribution", "share")
+"""Variables of ``("probes", p)``, in order."""
 
 LOSS = -1
 """Stands for the loss where a layer's row is asked for."""
+
+
+class Suspect(NamedTuple):
+    """The one token of a segment that tells whether all of its values are finite; see :func:`suspect`."""
+
+    token: Tensor  # (1,), counted in the segment
+    values: Tensor  # (variable, batch, heads), at this token
 
 
 @dataclass
@@ -55,9 +58,9 @@ class Measured:
 
     start: int  # the segment's tokens
     stop: int
-    fields: dict[Field, tuple[int, Tensor]]  # first entry, (batch, entries, heads)
+    fields: dict[Field, tuple[int, Tensor]]  # first entry, (variable, batch, entries, heads)
     states: dict[int, Tensor]  # by position: (batch, head, key, value)
-    nonfinite: Tensor  # see _first_nonfinite
+    suspect: Suspect
     share_before: dict[int, Tensor] = field(default_factory=dict)  # by probe: (batch, head)
 
 
@@ -72,7 +75,7 @@ class Sink(Protocol):
         """Take what the watched layer number ``row`` yielded in one segment; in order of depth."""
         ...
 
-    def take_loss(self, start: int, loss: Tensor, nonfinite: Tensor) -> None:
+    def take_loss(self, start: int, loss: Tensor, suspect: Suspect) -> None:
         """Take the loss (batch, time) of every token of one segment."""
         ...
 
@@ -169,7 +172,7 @@ class Reader:
         logits = self._forward(carry, stop, segment.on_scan)
         loss = self._loss(logits, carry, stop)
         known = loss if segment.start else torch.cat([torch.zeros_like(loss[:, :1]), loss[:, 1:]], 1)
-        sink.take_loss(segment.start, loss, _first_nonfinite([known[..., None]]))
+        sink.take_loss(segment.start, loss, suspect(known[None, ..., None]))
         carry.position = stop
 
     def read_ahead(self, carry: Carry, stop: int) -> None:
@@ -190,13 +193,8 @@ class Reader:
     def _loss(self, logits: Tensor, carry: Carry, stop: int) -> Tensor:
         """Loss of every token of the segment; that of the token after it waits in the carry."""
         targets = self.ids[:, carry.position + 1 : stop + 1].to(self.device)
-        height = max(LOGIT_ROWS, -(-targets.numel() // LOSS_PIECES))
-        rows = logits[:, : targets.shape[1]].flatten(0, 1).split(height)
-        losses = [
-            cross_entropy(part.float(), wanted, reduction="none")
-            for part, wanted in zip(rows, targets.flatten().split(height), strict=True)
-        ]
-        predicted = torch.cat(losses).view(targets.shape)
+        predicted = token_loss(logits[:, : targets.shape[1]].flatten(0, 1), targets.flatten())
+        predicted = predicted.view(targets.shape)
         first = carry.pending_loss
         if first is None:
             first = torch.full((len(self.ids),), torch.nan, device=self.device)
@@ -276,15 +274,15 @@ class _Segment:
     ) -> None:
         assert output.steps is not None and self.sink is not None
         picked = Steps(*(self._of_heads(getattr(output.steps, name)) for name in STEPS))
-        first = self.start // self.watch.window
+        every = torch.stack([getattr(picked, name) for name in STEPS])
+        window = self.watch.window
+        kept = every if window == 1 else torch.stack([*thin(picked, window).values()])
         measured = Measured(
             self.start,
             self.stop,
-            fields={
-                (f"steps/{name}", None): (first, x) for name, x in thin(picked, self.watch.window).items()
-            },
+            fields={("steps", None): (self.start // window, kept)},
             states={p: self._of_heads(states[p], 1) for p in self.watch.snapshots if p in states},
-            nonfinite=_first_nonfinite([getattr(picked, name) for name in STEPS]),
+            suspect=suspect(every),
         )
         for p in self.watch.probes:
             if self.watch.probe_start(p) < self.stop and p >= self.start:
@@ -307,8 +305,8 @@ class _Segment:
             after = self.carry.probe_decays[layer, p] - self._decay_until(layer, r, self.stop)
         state = states[p] if inside else self.carry.probe_states[layer, p]
         contribution, share, before = probe(part, state, after)
-        measured.fields["probes/contribution", p] = (first, self._of_heads(contribution))
-        measured.fields["probes/share", p] = (first, self._of_heads(share))
+        found = torch.stack([self._of_heads(contribution), self._of_heads(share)])
+        measured.fields["probes", p] = (first, found)
         if first == reach_start:
             measured.share_before[p] = self._of_heads(before)
 
@@ -323,53 +321,44 @@ class _Segment:
         return total + self.carry.log_decay[layer] if layer in self.carry.log_decay else total
 
 
-def _first_nonfinite(values: Sequence[Tensor]) -> Tensor:
+def suspect(values: Tensor) -> Suspect:
     """Find the first token at which a value is not finite, without waiting for the device.
 
     Parameters
     ----------
-    values : sequence of Tensor, (batch, time, heads)
-        Variables of one layer.
+    values : Tensor, (variable, batch, time, heads)
+        Measurements of a segment.
 
     Returns
     -------
-    Tensor, (2,), int64
-        The token, and which of its values it is, in the order (variable, batch, head); -1 if there is none.
+    Suspect
+        That token; any token if all values are finite.
     """
-    time = values[0].shape[1]
-    spoilt = ~torch.isfinite(sum(values, torch.zeros_like(values[0]))).all(2).all(0)
-    index = torch.arange(time, device=spoilt.device)
-    token = torch.where(spoilt, index, time - 1).amin(0, keepdim=True)
-    there = torch.stack([v.index_select(1, token) for v in values]).flatten()
-    place = torch.arange(there.numel(), device=there.device)
-    which = torch.where(torch.isfinite(there), there.numel(), place).amin(0, keepdim=True)
-    return torch.cat([token, torch.where(which == there.numel(), -1, which)])
+    spoilt = values.sum((0, 1, 3)) * 0  # 0 where all are finite, else NaN, which argmax takes for the largest
+    token = spoilt.argmax(0, keepdim=True)
+    return Suspect(token, values.index_select(2, token)[:, :, 0])
 
 
-def place_of_nonfinite(
-    found: Sequence[tuple[int, int, Tensor]], watch: Watch, sequences: int
-) -> dict[str, Any] | None:
+def place_of_nonfinite(found: Sequence[tuple[int, int, Suspect]], watch: Watch) -> dict[str, Any] | None:
     """Name the first value, in token order, that is not finite; None if there is none.
 
     Parameters
     ----------
-    found : sequence of (int, int, Tensor)
-        For every segment and layer: its first token, the layer's row (or :data:`LOSS`), and which value is
-        not finite, on the host.
+    found : sequence of (int, int, Suspect)
+        For every segment and layer: its first token, the layer's row (or :data:`LOSS`), and what
+        :func:`suspect` says, on the host.
     watch : Watch
         What is kept.
-    sequences : int
-        In the batch.
     """
     places = [
-        (start + at[0], row == LOSS, row, at[1]) for start, row, x in found if (at := x.tolist())[1] >= 0
+        (start + int(x.token), row == LOSS, row, (~x.values.isfinite()).nonzero()[0].tolist())
+        for start, row, x in found
+        if not x.values.isfinite().all()
     ]
     if not places:
         return None
-    token, is_loss, row, which = min(places)
+    token, is_loss, row, (variable, sequence, head) = min(places)
     if is_loss:
-        return {"variable": "loss", "sequence": which, "token": token}
-    rest, head = divmod(which, len(watch.heads))
-    variable, sequence = divmod(rest, sequences)
+        return {"variable": "loss", "sequence": sequence, "token": token}
     place = {"sequence": sequence, "layer": watch.layers[row], "token": token}
     return {"variable": STEPS[variable], **place, "head": watch.heads[head]}

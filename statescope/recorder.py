@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statescope.reader import LOSS, Field, Measured, place_of_nonfinite
+from statescope.reader import ATTRIBUTED, LOSS, Field, Measured, Suspect, place_of_nonfinite
 from statescope.schema import group_variables
 from statescope.store import Layout
 from statescope.watch import Watch
@@ -29,8 +29,8 @@ from statescope.watch import Watch
 WRITERS = max(2, min(8, os.cpu_count() or 1))
 """Threads that compress and write."""
 
-IN_FLIGHT = 2 * WRITERS
-"""Buffers on their way; each holds one variable's shard."""
+IN_FLIGHT = 4 * WRITERS
+"""Writes on their way; each is one variable's shard."""
 
 
 class Writer(Protocol):
@@ -65,7 +65,7 @@ class _Interval:
     open: dict[int, dict[Field, Tensor]] = field(default_factory=dict)  # by group of layers: the buffers
     states: dict[int, list[Tensor]] = field(default_factory=dict)  # by position, then layer
     share_before: dict[int, list[Tensor]] = field(default_factory=dict)  # by probe, then layer
-    nonfinite: list[tuple[int, int, Tensor]] = field(default_factory=list)  # first token, layer's row, ...
+    suspects: list[tuple[int, int, Suspect]] = field(default_factory=list)  # first token, layer's row, ...
     writes: list[Future[None]] = field(default_factory=list)
 
 
@@ -125,48 +125,46 @@ class Recorder:
     def begin(self, start: int, stop: int) -> None:
         """Open the interval whose tokens the next commit will declare written."""
         window = self._watch.window
-        entries = slice(start // window, -(-stop // window))
-        fields: dict[Field, slice] = {
-            (f"steps/{name}", None): entries for name in group_variables("steps", window)
-        }
+        fields: dict[Field, slice] = {("steps", None): slice(start // window, -(-stop // window))}
         for p in self._watch.probes:
             reach = slice(max(start, self._watch.probe_start(p)), min(stop, p + 1))
             if reach.start < reach.stop:
-                fields |= {(f"probes/{name}", p): reach for name in ("contribution", "share")}
+                fields["probes", p] = reach
         self._now = _Interval(start, stop, fields, self._buffer(self._layout.sequences, stop - start))
 
     def take(self, row: int, measured: Measured) -> None:
         """Take what the watched layer number ``row`` yielded in one segment."""
-        now, height = self._now, self._height
-        group, place = divmod(row, height)
+        now = self._now
+        group, place = divmod(row, self._height)
+        layers = min(self._height, len(self._watch.layers) - group * self._height)
         if group not in now.open:
-            layers = min(height, len(self._watch.layers) - group * height)
-            now.open[group] = {key: self._shard(layers, at) for key, at in now.fields.items()}
+            now.open[group] = {name: self._shard(name, layers) for name in now.fields}
         with self._beside():
-            for key, (first, values) in measured.fields.items():
-                begin = first - now.fields[key].start
-                for buffer, x in zip(now.open[group][key], values, strict=True):
-                    self._copy(buffer[place, begin : begin + len(x)], x)
+            for name, (first, values) in measured.fields.items():
+                begin = first - now.fields[name].start
+                self._copy(now.open[group][name][place, :, :, begin : begin + values.shape[2]], values)
             for p, state in measured.states.items():
                 now.states.setdefault(p, []).append(self._to_host(state))
             for p, share in measured.share_before.items():
                 now.share_before.setdefault(p, []).append(self._to_host(share))
-            now.nonfinite.append((measured.start, row, self._to_host(measured.nonfinite)))
-        if measured.stop == now.stop and place == len(next(iter(now.open[group].values()))[0]) - 1:
+        now.suspects.append((measured.start, row, measured.suspect))
+        if measured.stop == now.stop and place == layers - 1:
             self._write(group, self._arrival())
 
-    def take_loss(self, start: int, loss: Tensor, nonfinite: Tensor) -> None:
+    def take_loss(self, start: int, loss: Tensor, suspect: Suspect) -> None:
         """Take the loss of every token of one segment."""
         begin = start - self._now.start
         with self._beside():
-            for buffer, x in zip(self._now.loss, loss, strict=True):
-                self._copy(buffer[begin : begin + len(x)], x)
-            self._now.nonfinite.append((start, LOSS, self._to_host(nonfinite)))
+            self._copy(self._now.loss[:, begin : begin + loss.shape[1]], loss)
+        self._now.suspects.append((start, LOSS, suspect))
 
     def commit(self, carry: Callable[[], bytes] | None) -> None:
         """Commit the interval; ``carry`` is None at the end of the text."""
-        now, arrived, former = self._now, self._arrival(), self._last_commit
+        now, former = self._now, self._last_commit
         waiting = [*now.writes] if former is None else [former, *now.writes]
+        with self._beside():
+            now.suspects = self._suspects_to_host(now.suspects)
+        arrived = self._arrival()
 
         def work() -> None:
             for write in waiting:  # all were submitted, and so begun, before this
@@ -179,18 +177,19 @@ class Recorder:
     def _write(self, group: int, arrived: Callable[[], None]) -> None:
         """Send the buffers of some layers on their way."""
         first = group * self._height
-        for (name, probe), buffer in self._now.open.pop(group).items():
-            at = {"token": self._now.fields[name, probe], "layer": slice(first, first + buffer.shape[1])}
-            values = buffer.numpy()
+        for (kind, probe), buffer in self._now.open.pop(group).items():
+            at = {"token": self._now.fields[kind, probe], "layer": slice(first, first + len(buffer))}
+            variables = buffer.numpy().transpose(1, 2, 0, 3, 4)
             if probe is not None:
                 index = self._watch.probes.index(probe)
-                at["probe"], values = slice(index, index + 1), values[:, :, None]
+                at["probe"], variables = slice(index, index + 1), variables[:, :, :, None]
+            for name, values in zip(self._variables(kind), variables, strict=True):
 
-            def work(name: str = name, values: NDArray[Any] = values, at: dict[str, slice] = at) -> None:
-                arrived()
-                self.writer.write(name, values, **at)
+                def work(name: str = f"{kind}/{name}", values: Any = values, at: Any = at) -> None:
+                    arrived()
+                    self.writer.write(name, values, **at)
 
-            self._now.writes.append(self._submit(work))
+                self._now.writes.append(self._submit(work))
 
     def _commit(self, now: _Interval, carry: Callable[[], bytes] | None) -> None:
         self.writer.write("tokens/loss", now.loss.numpy(), token=slice(now.start, now.stop))
@@ -203,20 +202,20 @@ class Recorder:
             values = _by_layer(shares)[:, :, None]
             self.writer.write("probes/share_before", values, probe=slice(index, index + 1))
         before = self._nonfinite or self.writer.attributes["first_nonfinite"]
-        self._nonfinite = before or place_of_nonfinite(now.nonfinite, self._watch, self._layout.sequences)
+        self._nonfinite = before or place_of_nonfinite(now.suspects, self._watch)
         with self._beside():
             data = None if carry is None else carry()
         self.writer.commit(now.stop, data, first_nonfinite=self._nonfinite)
 
     def _submit(self, work: Callable[[], None]) -> Future[None]:
-        if not self._opened.done():
-            self._opened.set_result(self._open_writer())
         self._wait(IN_FLIGHT - 1)
         self._waiting.append(self._pool.submit(work))
         return self._waiting[-1]
 
     def _wait(self, left: int) -> None:
         while len(self._waiting) > left:
+            if not self._opened.done():  # nothing more is launched for now, and the device is busy
+                self._opened.set_result(self._open_writer())
             self._waiting.popleft().result()
 
     @contextlib.contextmanager
@@ -230,17 +229,38 @@ class Recorder:
                 yield
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source.contiguous(), non_blocking=True)
         if self._stream is not None:
             source.record_stream(self._stream)
+        self._copy_parts(target, source.contiguous())
+
+    def _copy_parts(self, target: Tensor, source: Tensor) -> None:
+        if target.is_contiguous():  # or the copy would wait for the device
+            target.copy_(source, non_blocking=True)
+        else:
+            for part, x in zip(target, source, strict=True):
+                self._copy_parts(part, x)
 
     def _to_host(self, source: Tensor) -> Tensor:
         target = self._buffer(*source.shape, dtype=source.dtype)
         self._copy(target, source)
         return target
 
-    def _shard(self, layers: int, at: slice) -> Tensor:
-        return self._buffer(self._layout.sequences, layers, at.stop - at.start, len(self._watch.heads))
+    def _suspects_to_host(self, found: list[tuple[int, int, Suspect]]) -> list[tuple[int, int, Suspect]]:
+        tokens = self._to_host(torch.stack([x.token for _, _, x in found]))
+        values = self._to_host(torch.cat([x.values.flatten() for _, _, x in found]))
+        split = values.split([x.values.numel() for _, _, x in found])
+        return [
+            (start, row, Suspect(token, part.view(x.values.shape)))
+            for (start, row, x), token, part in zip(found, tokens, split, strict=True)
+        ]
+
+    def _variables(self, kind: str) -> Sequence[str]:
+        return ATTRIBUTED if kind == "probes" else [*group_variables(kind, self._watch.window)]
+
+    def _shard(self, name: Field, layers: int) -> Tensor:
+        at, variables = self._now.fields[name], len(self._variables(name[0]))
+        size = (layers, variables, self._layout.sequences, at.stop - at.start, len(self._watch.heads))
+        return self._buffer(*size)
 
     def _buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)

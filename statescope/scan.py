@@ -9,9 +9,10 @@ from typing import cast
 from torch import Tensor
 
 from statescope.kernels.interface import Kernel, ScanOutput, Steps
+from statescope.kernels.loss import token_loss
 from statescope.recurrence import Recurrence
 
-__all__ = ["BACKENDS", "Kernel", "ScanOutput", "Steps", "choose", "probe", "scan"]
+__all__ = ["BACKENDS", "Kernel", "ScanOutput", "Steps", "choose", "probe", "scan", "token_loss"]
 
 BACKENDS = ("fused", "chunked", "reference")
 """Kernels by name, the preferred first: Triton on a GPU, torch, float64 token by token."""

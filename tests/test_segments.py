@@ -51,6 +51,6 @@ def test_one_token_at_a_time(name: str, own_outputs: bool, book: np.ndarray) -> 
             reader.read(carry, stop, seen)
     want = statescope.trace(model, ids)
     for variable in want["steps"].data_vars:
-        got = np.stack([seen.joined(layer, f"steps/{variable}") for layer in range(4)], 1)
+        got = np.stack([seen.joined(layer, str(variable)) for layer in range(4)], 1)
         truth = want["steps"][variable].values
         assert np.sqrt(((got - truth) ** 2).mean()) <= RMS * np.sqrt((truth**2).mean()), variable

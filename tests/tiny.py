@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from statescope.reader import Measured
+from statescope.reader import STEPS, Measured, Suspect
 
 VOCABULARY = 64
 
@@ -172,12 +172,12 @@ class Collected(dict[str, torch.Tensor]):
         self |= {f"{row} state {p}": x for p, x in measured.states.items()}
         self |= {f"{row} share before {p}": x for p, x in measured.share_before.items()}
 
-    def take_loss(self, start: int, loss: torch.Tensor, nonfinite: torch.Tensor) -> None:
+    def take_loss(self, start: int, loss: torch.Tensor, suspect: Suspect) -> None:
         self[f"loss {start}"] = loss
-        assert nonfinite[1] == -1
+        assert suspect.values.isfinite().all()
 
     def joined(self, row: int, name: str) -> np.ndarray:
-        """One variable of one layer over all tokens."""
-        prefix = f"{row} {(name, None)} "
+        """One variable of ``/steps`` of one layer over all tokens."""
+        prefix = f"{row} {('steps', None)} "
         parts = {int(key.removeprefix(prefix)): x for key, x in self.items() if key.startswith(prefix)}
-        return torch.cat([parts[at] for at in sorted(parts)], 1).numpy()
+        return torch.cat([parts[at][STEPS.index(name)] for at in sorted(parts)], 1).numpy()
