@@ -246,8 +246,11 @@ class _Plan:
         """Hash of all that decides the numbers of a record."""
         hashed = hashlib.sha256(self.ids.numpy().tobytes())
         weights = self.model.state_dict()
-        samples = [w.detach().flatten()[:: max(1, w.numel() // 64)].double() for w in weights.values()]
-        hashed.update(torch.cat(samples).cpu().numpy().tobytes())  # one transfer
+        samples: dict[torch.dtype, list[Tensor]] = {}
+        for w in weights.values():
+            samples.setdefault(w.dtype, []).append(w.detach().flatten()[:: max(1, w.numel() // 64)])
+        sampled = torch.cat([torch.cat(parts).double() for parts in samples.values()])
+        hashed.update(sampled.cpu().numpy().tobytes())  # one transfer
         hashed.update(repr([(name, tuple(w.shape), w.dtype) for name, w in weights.items()]).encode())
         settings = [
             asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,

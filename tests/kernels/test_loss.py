@@ -34,7 +34,7 @@ def test_against_float64(rows: int, vocabulary: int, dtype: torch.dtype, functio
     assert torch.equal(function(strided, targets), got)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("function", [in_one_pass, token_loss])
 def test_what_is_not_finite(function) -> None:
     logits, targets = draw(4, 300, torch.float32)
