@@ -28,7 +28,7 @@ def rates(device: str, dtype: str) -> dict[str, float]:
         ``matrix_product_operations_per_s`` of a square product of that size, two for each multiplication.
     """
     gpu = is_gpu(device)
-    source = torch.empty(2 ** (32 if gpu else 28), dtype=torch.uint8, device=device).fill_(1)
+    source = torch.empty(2 ** (30 if gpu else 28), dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     copying = _median(lambda: target.copy_(source), device)
     size = 8192 if gpu else 1024

@@ -163,6 +163,8 @@ def timed(
     peer : bool
         Whether mamba_ssm takes part.
     """
+    if is_gpu(device):
+        torch.cuda.empty_cache()  # of what another length left
     call = draw(Shape(**shape), tokens, device, as_dtype(dtype))
     contestants: dict[str, Callable[[], Any]] = {
         OURS: lambda: scan(as_recurrence(call)),

@@ -18,7 +18,10 @@ from statescope.experiments.bench.settings import Settings
 from statescope.experiments.bench.subjects import build, vocabulary
 from statescope.experiments.bench.timing import is_gpu
 from statescope.models import as_dtype
-from statescope.tracing import SEGMENT, trace
+from statescope.tracing import trace
+
+WARM = {"cpu": 4096, "cuda": 32768}
+"""Tokens traced in memory beforehand, by device: enough that every kernel is built."""
 
 FLAT = ("peak_gpu_bytes", "peak_host_bytes", "seconds_per_token")
 """What must not grow with the length of a text."""
@@ -62,11 +65,11 @@ def describe(entry: dict[str, Any]) -> Iterator[str]:
     if "skipped" in entry:
         yield f"{title}: skipped: {entry['skipped']}"
         return
+    gpu = f"{entry['peak_gpu_bytes'] / 2**30:.2f} GiB on the GPU, " if entry["peak_gpu_bytes"] else ""
     yield (
         f"{title}: {entry['seconds']:.1f} s, {entry['tokens_per_s']:,.0f} tokens/s,"
         f" {entry['store_bytes'] / 1e6:,.1f} MB in {entry['store_files']} files;"
-        f" peaks: {entry['peak_gpu_bytes'] / 2**30:.2f} GiB on the GPU,"
-        f" {entry['peak_host_bytes'] / 2**30:.2f} GiB on the host"
+        f" peaks: {gpu}{entry['peak_host_bytes'] / 2**30:.2f} GiB on the host"
     )
 
 
@@ -83,7 +86,7 @@ def one(model: str, tokens: int, window: int, device: str, dtype: str, scratch: 
     how: dict[str, Any] = {
         "window": window, "progress": False, "backend": "fused" if is_gpu(device) else "chunked"
     }  # fmt: skip
-    short = min(tokens, 2 * SEGMENT[device])
+    short = min(tokens, WARM["cuda" if is_gpu(device) else "cpu"])
     warm = trace(subject, ids[:, :short], **how)
     raw = sum(group.nbytes for group in (warm[name].to_dataset() for name in warm.children)) * tokens // short
     del warm
