@@ -1,0 +1,119 @@
+"""Small fused scans for compute-sanitizer: out-of-bounds accesses and races on a GPU.
+
+``python tests/kernels/sanitize.py`` runs them once and holds them against stepping. With ``--record FILE``
+it runs itself under compute-sanitizer's memcheck and racecheck, and writes what they say, as JSON. Sizes are
+odd, so that every tile is cut; heads share groups or not; both widths of copies are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: the kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from cases import OUTPUTS, STATES, WORST, Case, draw, errors, relative
+
+from statescope.kernels import fused, reference
+from statescope.tracing import versions
+
+HALF = torch.bfloat16
+SCANS = (
+    Case(1),
+    Case(65, initial=True, dtype=HALF),
+    Case(40, batch=2, heads=4, groups=2, initial=True),
+    Case(70, batch=2, heads=4, groups=2, initial=True, dtype=HALF),
+    Case(130, heads=3, groups=3, key=5, value=7, dtype=HALF),
+    Case(90, key=20, value=130, initial=True, scale=False, dtype=HALF),
+    Case(200, heads=4, groups=2, key=128, value=64, initial=True, dtype=HALF),  # bulk copies, the last cut
+    Case(128, batch=2, key=128, value=64, dtype=HALF),  # bulk copies across sequences
+    Case(50, key=128, value=64, initial=True, skip=False),
+    Case(40, key=16, value=40, dtype=torch.float16),
+)
+
+TOOLS = ("memcheck", "racecheck")
+
+
+def run(scans: tuple[Case, ...] = SCANS) -> None:
+    """Run every scan with outputs, measurements and kept states; one more with a NaN in it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for case in scans:
+        r = draw(case, device)
+        positions = (case.time - 1, 0, case.time // 2)
+        got, want = fused.scan(r, positions=positions), reference.scan(r, positions=positions)
+        worst = errors(got.steps, want.steps, r.start_state(torch.float64).norm(dim=(-2, -1)))
+        assert float(worst["state_norm"].max()) <= WORST[case.dtype], case
+        assert relative(got.y, want.y) <= OUTPUTS[case.dtype], case
+        assert relative(got.states, want.states) <= STATES[case.dtype], case
+    r = draw(Case(70, initial=True, dtype=HALF), device)
+    spoiled = r.v.clone()
+    spoiled[:, 33, 0, 0] = float("nan")
+    got = fused.scan(r.replace(v=spoiled))
+    assert bool(got.y[:, :33].isfinite().all()) and not bool(got.y[:, 33:, 0, 0].isfinite().any())
+    print(
+        f"{len(scans) + 1} scans on {torch.cuda.get_device_name() if device == 'cuda' else 'the interpreter'}"
+    )
+
+
+def record(path: Path, tool: str = "compute-sanitizer") -> bool:
+    """Run under every tool, write what they say, and return whether all found nothing."""
+    # Without torch's pool every tensor is an allocation of its own, past whose end memcheck sees.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found: dict[str, Any] = {}
+    for name in TOOLS:
+        command = [
+            tool,
+            "--tool",
+            name,
+            "--error-exitcode",
+            "1",
+            sys.executable,
+            str(Path(__file__).resolve()),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        lines = (done.stdout + done.stderr).splitlines()
+        summary = [line.strip("= ") for line in lines if "SUMMARY" in line]
+        entry = {"exit_code": done.returncode, "summary": summary}
+        if done.returncode or not summary:
+            entry["last_lines"] = lines[-30:]
+        found[name] = entry
+    result = {
+        "command": "python tests/kernels/sanitize.py --record FILE",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+        "versions": {**versions(), "compute-sanitizer": _version(tool)},
+        "scans": [*map(str, SCANS), "one with a NaN"],
+        "tools": found,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return all(entry["exit_code"] == 0 and entry["summary"] for entry in found.values())
+
+
+def _version(tool: str) -> str:
+    said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout
+    return next((line.strip() for line in reversed(said.splitlines()) if "ersion" in line), "unknown")
+
+
+def main() -> None:
+    """Run the scans, or record what the tools say of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", type=Path, metavar="FILE")
+    parser.add_argument("--tool", default="compute-sanitizer", help="where it is, if not on the path")
+    given = parser.parse_args()
+    if given.record is None:
+        run()
+    elif not record(given.record, given.tool):
+        sys.exit(f"not clean: see {given.record}")
+
+
+if __name__ == "__main__":
+    main()
