@@ -17,7 +17,6 @@ from matplotlib.ticker import FuncFormatter
 
 OURS = "statescope, y and measurements"
 PEERS = ("mamba_ssm", "transformers in torch")
-PLAIN = "transformers"
 """Names of rows, as ``scans`` and ``forward`` give them."""
 
 MARKS = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
@@ -102,7 +101,7 @@ def _draw_forward(ax: Axes, entry: dict[str, Any]) -> None:
     ax.margins(x=0.1)
     without = f" without {entry['without']}" if "without" in entry else ""
     ax.set_title(f"whole model: {entry['model']}, {entry['tokens']:,} tokens{without}", fontsize="medium")
-    ax.set_xlabel(f"time over a plain forward of {PLAIN}")
+    ax.set_xlabel("time over the plain forward of the same model")
 
 
 def _ours(entry: dict[str, Any]) -> dict[str, float]:
@@ -112,11 +111,11 @@ def _ours(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def _bars(entry: dict[str, Any]) -> list[tuple[str, float]]:
-    """Names and ratios of the traces, and of another peer's plain forward."""
+    """Names of the traces, and their time over the plain forward of the same model."""
     found = []
     for row in entry.get("rows", []):
-        ratio = row.get("ratios", {}).get(PLAIN)
-        if ratio is not None and row["name"] != PLAIN and "zarr" not in row["name"]:
-            name = row["name"] if "traced" in row["name"] else f"{row['name']}, plain"
-            found.append((name, ratio))
+        model = row["name"].partition(" traced")[0] if " traced" in row["name"] else "transformers"
+        ratio = row.get("ratios", {}).get(model)
+        if ratio is not None and "traced" in row["name"]:
+            found.append((row["name"], ratio))
     return found
