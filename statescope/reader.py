@@ -169,8 +169,8 @@ class Reader:
     def read(self, carry: Carry, stop: int, sink: Sink) -> None:
         """Read from where the carry stands to ``stop``, measure, and move the carry there."""
         segment = _Segment(self, carry, carry.position, stop, sink)
-        logits = self._forward(carry, stop, segment.on_scan)
-        loss = self._loss(logits, carry, stop)
+        logits, targets = self._forward(carry, stop, segment.on_scan)
+        loss = self._loss(logits, targets, carry, stop)
         known = loss if segment.start else torch.cat([torch.zeros_like(loss[:, :1]), loss[:, 1:]], 1)
         sink.take_loss(segment.start, loss, suspect(known[None, ..., None]))
         carry.position = stop
@@ -181,18 +181,20 @@ class Reader:
         self._forward(carry, stop, segment.on_scan_ahead)
         carry.position = stop
 
-    def _forward(self, carry: Carry, stop: int, handler: Handler) -> Tensor:
-        ids = self.ids[:, carry.position : stop].to(self.device)
-        inputs = caches.inputs(self.model, carry.cache, carry.position, ids)
+    def _forward(self, carry: Carry, stop: int, handler: Handler) -> tuple[Tensor, Tensor]:
+        """Return logits and what they predict, the token after the segment included if there is one."""
+        ids = self.ids[:, carry.position : stop + 1].to(
+            self.device
+        )  # now: later it would wait for the device
+        read = ids[:, : stop - carry.position]
+        inputs = caches.inputs(self.model, carry.cache, carry.position, read)
         self._handler = handler
         with torch.no_grad():
-            output = self.model(ids, **inputs)
-        logits: Tensor = output.logits
-        return logits
+            output = self.model(read, **inputs)
+        return output.logits, ids[:, 1:]
 
-    def _loss(self, logits: Tensor, carry: Carry, stop: int) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor, carry: Carry, stop: int) -> Tensor:
         """Loss of every token of the segment; that of the token after it waits in the carry."""
-        targets = self.ids[:, carry.position + 1 : stop + 1].to(self.device)
         predicted = token_loss(logits[:, : targets.shape[1]].flatten(0, 1), targets.flatten())
         predicted = predicted.view(targets.shape)
         first = carry.pending_loss

@@ -157,6 +157,9 @@ class Recorder:
         with self._beside():
             self._copy(self._now.loss[:, begin : begin + loss.shape[1]], loss)
         self._now.suspects.append((start, LOSS, suspect))
+        if begin + loss.shape[1] == len(self._now.loss[0]):
+            at = {"token": slice(self._now.start, self._now.stop)}
+            self._write_later("tokens/loss", self._now.loss.numpy(), at, self._arrival())
 
     def commit(self, carry: Callable[[], bytes] | None) -> None:
         """Commit the interval; ``carry`` is None at the end of the text."""
@@ -184,15 +187,18 @@ class Recorder:
                 index = self._watch.probes.index(probe)
                 at["probe"], variables = slice(index, index + 1), variables[:, :, :, None]
             for name, values in zip(self._variables(kind), variables, strict=True):
+                self._write_later(f"{kind}/{name}", values, at, arrived)
 
-                def work(name: str = f"{kind}/{name}", values: Any = values, at: Any = at) -> None:
-                    arrived()
-                    self.writer.write(name, values, **at)
+    def _write_later(
+        self, name: str, values: NDArray[Any], at: Mapping[str, slice], arrived: Callable[[], None]
+    ) -> None:
+        def work() -> None:
+            arrived()
+            self.writer.write(name, values, **at)
 
-                self._now.writes.append(self._submit(work))
+        self._now.writes.append(self._submit(work))
 
     def _commit(self, now: _Interval, carry: Callable[[], bytes] | None) -> None:
-        self.writer.write("tokens/loss", now.loss.numpy(), token=slice(now.start, now.stop))
         if now.states:
             first = self._watch.snapshots.index(min(now.states))
             states = np.stack([_by_layer(now.states[p]) for p in sorted(now.states)], axis=2)

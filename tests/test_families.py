@@ -129,9 +129,9 @@ def test_observation_does_not_perturb(
     seen: list[torch.Tensor] = []
     loss = Reader._loss
 
-    def spied(self: Reader, logits: torch.Tensor, carry: Carry, stop: int) -> torch.Tensor:
+    def spied(self: Reader, logits: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(logits.clone())
-        return loss(self, logits, carry, stop)
+        return loss(self, logits, *rest)
 
     monkeypatch.setattr(Reader, "_loss", spied)
     statescope.trace(model, TEXT, segment=segment, **WATCHED)
