@@ -3,8 +3,10 @@
 Figures are in :mod:`statescope.analyses.plots`, which needs matplotlib; everything else is here.
 """
 
+from statescope.analyses.forgetting import forgetting, memory_span
 from statescope.analyses.loss import loss_by_position
 from statescope.analyses.memories import live_memories, memories
+from statescope.analyses.overload import overload
 from statescope.analyses.probes import contribution_of, probe_reach, share_of
 from statescope.analyses.recall import recall_length
 from statescope.analyses.retention import head_reach, retention, time_scales
@@ -13,11 +15,14 @@ from statescope.analyses.state import norm_budget, overload_growth, overload_rat
 
 __all__ = [
     "contribution_of",
+    "forgetting",
     "head_reach",
     "live_memories",
     "loss_by_position",
     "memories",
+    "memory_span",
     "norm_budget",
+    "overload",
     "overload_growth",
     "overload_ratio",
     "probe_reach",
