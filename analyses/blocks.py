@@ -77,6 +77,7 @@ def train_length(record: xr.DataTree, given: int | None = None) -> int:
 
 def state_shape(record: xr.DataTree, given: tuple[int, int] | None = None) -> tuple[int, int]:
     """Return key and value size of a head's state: given, of the record's attributes, or of its snapshots."""
+    group(record, "steps")
     if given is None and "state_shape" in record.attrs:
         given = tuple(record.attrs["state_shape"])
     if given is None and "snapshots" in record.children:

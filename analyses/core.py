@@ -25,7 +25,7 @@ class Memories(NamedTuple):
 
     live: Array
     coherence: Array
-    age: Array
+    age: Array | None
 
 
 def log_accumulate(log_decay: Array, log_amount: Array, carry: Array | None = None) -> Array:
@@ -48,14 +48,20 @@ def log_accumulate(log_decay: Array, log_amount: Array, carry: Array | None = No
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         total = np.cumsum(np.maximum(log_decay, FORGOTTEN), axis=TOKEN)
-        sums = np.logaddexp.accumulate(log_amount - total, axis=TOKEN)
+        amounts = log_amount - total
         if carry is not None:
-            sums = np.logaddexp(sums, carry)
-        return total + sums
+            amounts[:, :, :1] = np.logaddexp(amounts[:, :, :1], carry)
+        return total + np.logaddexp.accumulate(amounts, axis=TOKEN)
 
 
 def memories(
-    log_decay: Array, write_norm: Array, state_norm: Array, last: Array, width: Array, carry: Any
+    log_decay: Array,
+    write_norm: Array,
+    state_norm: Array,
+    last: Array,
+    width: Array,
+    carry: Any,
+    dated: bool,
 ) -> tuple[Memories, Any]:
     r"""Count, weigh and date the writes that survive, :math:`e_i = e^{G_t - G_i} |U_i|`.
 
@@ -70,23 +76,27 @@ def memories(
         Last token of every entry, and how many tokens it stands for.
     carry : tuple or None
         What this function gave for the tokens before; None at the start.
+    dated : bool
+        Whether the age is asked for.
     """
     last, width = last[:, None].astype(float), width[:, None].astype(float)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         each = np.log(write_norm) - 0.5 * np.log(width)
         kept = np.maximum(log_decay, FORGOTTEN)
         sizes = _geometric(kept, width)
-        # The sum of token numbers times what survives; at token 0 it would be 0, so count from 1.
-        dated = (last + 1) * sizes - _geometric_index(kept, width)
         first, square, when = carry or (None, None, None)
         total = log_accumulate(log_decay, each + np.log(sizes), first)
         energy = log_accumulate(2 * kept, 2 * each + np.log(_geometric(2 * kept, width)), square)
-        moment = log_accumulate(log_decay, each + np.log(dated), when)
         empty = np.isneginf(total)
         live = np.where(empty, 0.0, np.exp(2 * total - energy))
-        age = np.where(empty, np.nan, last + 1 - np.exp(moment - total))
-        coherence = np.where(empty, np.nan, state_norm**2 / np.exp(energy))
-    left = tuple(x[:, :, -1:] for x in (total, energy, moment))
+        coherence = np.where(empty, np.nan, np.exp(2 * np.log(state_norm) - energy))
+        age, left = None, [x[:, :, -1:] for x in (total, energy)] + [None]
+        if dated:
+            # The sum of token numbers times what survives; at token 0 it would be 0, so count from 1.
+            number = (last + 1) * sizes - _geometric_index(kept, width)
+            moment = log_accumulate(log_decay, each + np.log(number), when)
+            age = np.where(empty, np.nan, last + 1 - np.exp(moment - total))
+            left[2] = moment[:, :, -1:]
     return Memories(live, coherence, age), left
 
 

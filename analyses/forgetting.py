@@ -126,14 +126,14 @@ def forgetting(
     held against passkey recall of two small models only: an estimate to test, not a law.
     """
     limit = resolve(record, train_length)
-    ratio, exceeded = _loss_ratio(record, limit)
     judged = overload(record, limit, shape, confidence)
+    ratio, exceeded = _loss_ratio(record, limit)
     known = judged.attrs["tokens"] > limit
     bad = judged["verdict"].isin(["overloaded", "not finite"]).any("sequence")
     by_loss = -1 if np.isnan(ratio) else int(ratio <= LOSS_FACTOR)
     by_state = int(not bad.any()) if known else -1
     span = memory_span(record, limit, confidence)
-    longest = span.isel(span["failing_length"].argmax(("layer", "head")))
+    longest = span.isel(span["failing_length"].fillna(0).argmax(("layer", "head")))
     values = {
         "loss_ratio": (ratio, "largest loss beyond the training length over that inside", "1"),
         "loss_exceeded": (exceeded, "first bin whose loss exceeds the bound", "token"),
@@ -229,9 +229,13 @@ def _sentence(result: xr.Dataset, extrapolated: bool) -> str:
     interval = f" [{low:,.0f}, {high:,.0f}]" if np.isfinite(low) else ""
     how = ", extrapolated from the mean decay" if extrapolated else ""
     start = "" if result.attrs["complete"] else "The record is interrupted. "
+    until = (
+        f"what stands at the start should be lost from a context of {float(result['failing_length']):,.0f}"
+        f" tokens{interval} on (layer {int(result['layer'])}, head {int(result['head'])} keeps longest{how})"
+    )
+    if np.isnan(result["failing_length"]):
+        until = "there is too little to say how long it remembers"
     return (
         f"{start}After {tokens:,} tokens (training length {limit:,}) the model {by_loss} by its loss and"
-        f" {by_state} by its states; what stands at the start should be lost from a context of"
-        f" {float(result['failing_length']):,.0f} tokens{interval} on (layer {int(result['layer'])},"
-        f" head {int(result['head'])} keeps longest{how})."
+        f" {by_state} by its states; {until}."
     )

@@ -84,8 +84,10 @@ def _memories(record: xr.DataTree, wanted: tuple[str, ...]) -> xr.Dataset:
 
     def count(block: Block, carry: Any) -> tuple[tuple[Array, ...], Any]:
         decay, write, norm = (block[n] for n in names)
-        found, carry = core.memories(decay, write, norm, block["last"], block["width"], carry)
-        by_name = dict(zip(LABELS, (found.live, found.coherence, found.age), strict=True))
-        return tuple(by_name[n] for n in wanted), carry
+        found, carry = core.memories(
+            decay, write, norm, block["last"], block["width"], carry, "age" in wanted
+        )
+        by_name = dict(zip(LABELS, found, strict=True))
+        return tuple(x for n, x in by_name.items() if n in wanted and x is not None), carry
 
     return map_tokens(steps(record), names, count, {n: LABELS[n] for n in wanted})

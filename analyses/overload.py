@@ -156,7 +156,7 @@ def _binned(layer: xr.Dataset, limit: int) -> tuple[Array, Array, Array]:
     carry: Any = None
     for block in blocks(layer, names):
         decay, write, norm = (block[n] for n in names)
-        memories, carry = core.memories(decay, write, norm, block["last"], block["width"], carry)
+        memories, carry = core.memories(decay, write, norm, block["last"], block["width"], carry, False)
         at = (block["last"] - limit) // width + before
         cuts = np.flatnonzero(np.diff(at, prepend=-1))
         finite &= np.isfinite(norm).all(2)

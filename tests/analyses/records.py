@@ -143,5 +143,5 @@ def make_record(
         writer.write("probes/contribution", norm(left)[:, :, None, first:], **at)
         writer.write("probes/share", share[:, :, None, first:], **at)
         writer.write("probes/share_before", share[:, :, None, :first].sum(3), probe=slice(i, i + 1))
-    writer.commit(committed or tokens, None if committed is None else b"carry")
+    writer.commit(tokens if committed is None else committed, None if committed is None else b"carry")
     return statescope.open(store, chunks=chunks)
