@@ -1,1 +1,37 @@
-"""Records in, labelled numbers and figures out. Numpy and xarray only; torch is never imported."""
+"""Records in, labelled numbers and figures out. Numpy and xarray only; torch is never imported.
+
+Figures are in :mod:`statescope.analyses.plots`, which needs matplotlib; everything else is here.
+"""
+
+from statescope.analyses.forgetting import forgetting, memory_span
+from statescope.analyses.loss import loss_by_position
+from statescope.analyses.memories import live_memories, memories
+from statescope.analyses.overload import overload
+from statescope.analyses.probes import contribution_of, probe_reach, share_of
+from statescope.analyses.recall import recall_length
+from statescope.analyses.retention import head_reach, retention, time_scales
+from statescope.analyses.snapshots import state_extremes, state_outliers, state_rank
+from statescope.analyses.state import norm_budget, overload_growth, overload_ratio, state_statistics
+
+__all__ = [
+    "contribution_of",
+    "forgetting",
+    "head_reach",
+    "live_memories",
+    "loss_by_position",
+    "memories",
+    "memory_span",
+    "norm_budget",
+    "overload",
+    "overload_growth",
+    "overload_ratio",
+    "probe_reach",
+    "recall_length",
+    "retention",
+    "share_of",
+    "state_extremes",
+    "state_outliers",
+    "state_rank",
+    "state_statistics",
+    "time_scales",
+]

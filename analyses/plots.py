@@ -15,7 +15,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from statescope.analyses.measures import overload_ratio, share_of
+from statescope.analyses import overload_ratio, share_of
 
 TRAIN_LENGTH: dict[str, Any] = {"color": "tab:red", "linestyle": "--", "linewidth": 1.2}
 """How the training length is drawn, in every figure."""

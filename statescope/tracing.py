@@ -239,6 +239,7 @@ class _Plan:
             "versions": versions(),
             "watch": self.watch.to_json(),
             "tokens": self.ids.shape[1],
+            "state_shape": [self.anatomy.key, self.anatomy.value],
             "first_nonfinite": None,
         }
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from statescope.analyses.measures import live_memories, overload_ratio, retention, share_of
+from statescope.analyses import live_memories, overload_ratio, retention, share_of
 from statescope.experiments.passkey import Prompt, ask, make_prompt
 from statescope.models import bundled, load
 from statescope.tracing import trace
