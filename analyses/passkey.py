@@ -235,4 +235,5 @@ def wilson(successes: Any, trials: Any, confidence: float = 0.95) -> tuple[Any, 
     middle = p + z**2 / (2 * trials)
     half = z * np.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))
     scale = 1 + z**2 / trials
-    return np.maximum((middle - half) / scale, 0.0), np.minimum((middle + half) / scale, 1.0)
+    low, high = np.maximum((middle - half) / scale, 0.0), np.minimum((middle + half) / scale, 1.0)
+    return np.minimum(low, p), np.maximum(high, p)  # where all or none succeeded, rounding leaves p outside
