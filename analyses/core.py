@@ -153,16 +153,6 @@ def singular_values(state: Array) -> Array:
     return np.where(finite[..., None], values, np.nan)
 
 
-def wilson(successes: Array, trials: Array, z: float) -> tuple[Array, Array]:
-    """Bound a proportion from both sides: Wilson's score interval."""
-    n = np.asarray(trials, dtype=float)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = successes / n
-        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
-
-
 def bootstrap(units: Array, confidence: float, resamples: int = 1000, seed: int = 0) -> tuple[Array, Array]:
     """Bound the mean over units from both sides: percentile bootstrap with a fixed seed.
 

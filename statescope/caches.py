@@ -57,6 +57,11 @@ def inputs(model: nn.Module, cache: Cache, start: int, ids: Tensor) -> dict[str,
     return given
 
 
+def only_last(model: nn.Module) -> dict[str, int]:
+    """Arguments that ask for the logits of the last token only."""
+    return {"num_last_tokens" if keyword(model) == "inference_params" else "logits_to_keep": 1}
+
+
 def inputs_alone(model: nn.Module) -> dict[str, Any]:
     """Arguments of a forward pass with nothing before or after it.
 

@@ -1,4 +1,4 @@
-"""The command line: ``statescope trace | info | demo | bench``."""
+"""The command line: ``statescope trace | info | passkey | demo | bench``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,10 +27,12 @@ Integers = Annotated[str | None, typer.Option(help="Integers or ranges, such as 
 @app.command()
 def trace(
     model: Annotated[str, typer.Argument(help="A bundled checkpoint, a folder or a hub id.")],
-    text: Annotated[
-        str, typer.Argument(metavar="TEXT_OR_FILE", help="A text, a UTF-8 file, or - for standard input.")
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the record.")],
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="TEXT_OR_FILE", help="A text, a UTF-8 file, or - for standard input."),
+    ] = None,
+    newlines: Annotated[int | None, typer.Option(help="Instead of a text: so many line breaks.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Hub id, folder, tokenizer.json or bytes.")] = None,
     layers: Integers = None,
     heads: Integers = None,
@@ -48,14 +51,18 @@ def trace(
 ) -> None:
     """Read a text with a model and record its recurrent states."""
     with _plain_errors():
-        content = _read(text)
+        if (text is None) == (newlines is None):
+            raise ValueError("give either a text or --newlines")
+        content: Any = newlines if text is None else _read(text)
         import statescope
+        from statescope.experiments.newlines import newlines as trace_newlines
 
+        reads: Any = statescope.trace if newlines is None else trace_newlines
         spans = {"layers": layers, "heads": heads, "snapshots": snapshots, "probes": probes}
         chosen = {name: _integers(name, span) for name, span in spans.items()}
         if chosen["probes"] is not None:
             chosen["probes"] = statescope.Probes(chosen["probes"], reach)
-        statescope.trace(
+        reads(
             model,
             content,
             tokenizer=tokenizer,
@@ -77,6 +84,66 @@ def info(store: Annotated[Path, typer.Argument(help="A record.")]) -> None:
     """Say what a record holds."""
     with _plain_errors():
         _describe(store)
+
+
+@app.command()
+def passkey(
+    model: Annotated[str, typer.Argument(help="A bundled checkpoint, a folder or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of answers (JSON lines); continued.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "512,1024,2048",
+    depths: Annotated[str, typer.Option(help="The needle: 0 (start) to 1 (end).")] = "0,0.25,0.5,0.75,1",
+    trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = 32,
+    haystack: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to hide passkeys in. Default: the paper's filler.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Hub id, folder, tokenizer.json or bytes.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the passkeys.")] = 0,
+    batch: Annotated[int | None, typer.Option(help="Prompts asked at once.")] = None,
+    explain: Annotated[
+        Path | None, typer.Option(help="Measure states too; write here what they explain (JSON).")
+    ] = None,
+    train_length: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+) -> None:
+    """Ask for passkeys over a grid of lengths and depths; what is answered already is not asked again."""
+    with _plain_errors():
+        sizes, places = sorted(set(_integers("lengths", lengths))), _numbers("depths", depths)
+        text = None if haystack is None else _read_file("haystack", haystack)
+        if explain is not None and find_spec("sklearn") is None:
+            raise ValueError("explain needs scikit-learn: pip install 'statescope-ssm[plots]'")
+        import statescope
+        from statescope.analyses.passkey import recall_length
+        from statescope.experiments.failure import NeedleStates
+        from statescope.experiments.passkey import passkey as ask
+
+        settings: dict[str, Any] = {"tokenizer": tokenizer, "store": output, "seed": seed, "batch": batch}
+        settings |= {"haystack": text, "observe": None if explain is None else NeedleStates(train_length)}
+        live = statescope.load(model, device=device, dtype=dtype)
+        for size in sizes:
+            right = ask(live, [size], places, trials, **settings)["correct"].sum("trial")
+            if size == sizes[0]:
+                typer.echo(f"{'tokens':>8}" + "".join(f"{f'depth {d:g}':>12}" for d in right["depth"].values))
+            typer.echo(f"{size:>8}" + "".join(f"{f'{n:.0f}/{trials}':>12}" for n in right.values[0]))
+        table = ask(live, sizes, places, trials, **settings)
+        found = recall_length(table)
+        length, low, high = (float(found[f"recall_length{end}"]) for end in ("", "_low", "_high"))
+        bound = f"below {high:,.0f}" if high < float("inf") else "no upper bound"
+        typer.echo(f"\nrecall length (95 % right): {length:,.0f} tokens (at least {low:,.0f}, {bound})")
+        typer.echo(f"answers: {output}")
+        if explain is not None:
+            _explain(table, explain)
+
+
+def _explain(table: Any, output: Path) -> None:
+    from statescope.analyses.failure import explain_failure
+
+    found = explain_failure(table)
+    typer.echo(f"\n{found.attrs['sentence']}\n\nAUC lost where a measure is shuffled:")
+    for name, lost in zip(found["measure"].values, found["importance"].values, strict=True):
+        typer.echo(f"{name:>20} {lost:+.4f}")
+    output.write_text(json.dumps(found.to_dict()), encoding="utf-8")
+    typer.echo(f"explanation: {output}")
 
 
 @app.command()
@@ -190,10 +257,21 @@ def _read(text: str) -> str:
         is_file = False
     if not is_file:
         return text
+    return _read_file("text", Path(text))
+
+
+def _read_file(name: str, path: Path) -> str:
     try:
-        return Path(text).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text: {text} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"{name}: {path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _numbers(name: str, given: str) -> list[float]:
+    try:
+        return [float(part) for part in given.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{name}={given!r}; expected numbers, such as 0,0.5,1") from error
 
 
 def _integers(name: str, given: str | None) -> Any:

@@ -22,7 +22,7 @@ from statescope import caches, record
 from statescope.capture import mixers
 from statescope.carry import Carry
 from statescope.memory import MemoryRecord
-from statescope.models import as_device, as_dtype, load, settings_of
+from statescope.models import digest, resolve, settings_of
 from statescope.reader import Anatomy, Edit, Reader, survey
 from statescope.recorder import Recorder, Writer
 from statescope.scan import BACKENDS
@@ -127,7 +127,7 @@ def trace(
     Source: *Stuffed Mamba* (arXiv 2410.07145), sections 2 and 4.
     """
     _check_numbers(segment=segment, train_length=train_length)
-    model, model_id = _resolve_model(model, device, dtype)
+    model, model_id = resolve(model, device, dtype)
     mixers(model)  # a model without any is refused before its text is looked at
     ids = to_token_ids(text, tokenizer, model)
     anatomy = survey(model, ids.to(next(model.parameters()).device), _kernel_choice(backend, edit))
@@ -246,13 +246,7 @@ class _Plan:
     def fingerprint(self) -> str:
         """Hash of all that decides the numbers of a record."""
         hashed = hashlib.sha256(self.ids.numpy().tobytes())
-        weights = self.model.state_dict()
-        samples: dict[torch.dtype, list[Tensor]] = {}
-        for w in weights.values():
-            samples.setdefault(w.dtype, []).append(w.detach().flatten()[:: max(1, w.numel() // 64)])
-        sampled = torch.cat([torch.cat(parts).double() for parts in samples.values()])
-        hashed.update(sampled.cpu().numpy().tobytes())  # one transfer
-        hashed.update(repr([(name, tuple(w.shape), w.dtype) for name, w in weights.items()]).encode())
+        hashed.update(digest(self.model).encode())
         settings = [
             asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
             tuple(self.ids.shape), settings_of(self.model),
@@ -307,26 +301,6 @@ def _read_ahead(plan: _Plan, reader: Reader, tokens: int, bar: Any) -> Carry:
     carry = Carry.fresh(plan.model)
     carry.probe_states, carry.probe_decays = ahead.probe_states, ahead.probe_decays
     return carry
-
-
-def _resolve_model(model: Any, device: Any, dtype: Any) -> tuple[nn.Module, str]:
-    if isinstance(model, str | Path):
-        return load(model, device=device, dtype=dtype), str(model)
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a transformers model (or mamba_ssm's),"
-            " a name or a folder"
-        )
-    if model.training:
-        raise ValueError("model is in training mode; call model.eval() first")
-    first = next(model.parameters())
-    if device is not None and as_device(device).type != first.device.type:
-        raise ValueError(
-            f"device={device!r}, but the model is on {first.device}; move the model, or pass its name"
-        )
-    if dtype is not None and as_dtype(dtype) != first.dtype:
-        raise ValueError(f"dtype={dtype!r}, but the model is in {first.dtype}; convert it, or pass its name")
-    return model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
 
 def _usual_segment(device: torch.device) -> int:

@@ -11,7 +11,8 @@ import torch
 import xarray as xr
 
 from statescope.analyses import live_memories, overload_ratio, retention, share_of
-from statescope.experiments.passkey import Prompt, ask, make_prompt
+from statescope.experiments.passkey import ask
+from statescope.experiments.prompts import Haystack, Prompt
 from statescope.models import bundled, load
 from statescope.tracing import trace
 from statescope.watch import Probes
@@ -93,17 +94,18 @@ def _row(name: str, *columns: str) -> str:
 
 
 def _cells(out: Path, overwrite: bool) -> Iterator[Cell]:
+    hay = Haystack()
     for name in bundled():
         model = load(name)
         for length in LENGTHS:
             rng = np.random.default_rng(SEED)
-            prompts = [make_prompt(length, DEPTH, rng) for _ in range(PROMPTS)]
-            ids = torch.tensor([list(p.text.encode("ascii")) for p in prompts])
+            prompts = [hay.hide(length, DEPTH, rng) for _ in range(PROMPTS)]
+            ids = torch.from_numpy(np.stack([p.ids for p in prompts]))
             store = out / f"{name}-{length}.zarr"
             record = trace(
                 model, ids, store=store, probes=Probes([-1]), overwrite=overwrite, backend="chunked"
             )
-            yield Cell(name, length, prompts, ask(model, prompts), record)
+            yield Cell(name, length, prompts, ask(model, prompts, hay), record)
 
 
 def _draw(cells: list[Cell], out: Path, say: Callable[[str], None]) -> None:

@@ -145,7 +145,6 @@ def test_a_snapshot_that_is_not_finite_is_counted(truth: Truth) -> None:
         (lambda r: analyses.loss_by_position(r, 0), "width=0"),
         (lambda r: analyses.loss_by_position(r, 8, 95), "confidence=95"),
         (lambda r: analyses.live_memories(r.isel(token=slice(3, None))), "begins with the entry of token 3"),
-        (lambda r: analyses.recall_length(xr.Dataset()), "lacks successes"),
     ],
 )
 def test_what_does_not_fit_is_named(

@@ -328,27 +328,6 @@ def test_windows_of_even_writes_are_exact(log_decay: float) -> None:
         close(thin[name], every[name].sel(token=at), rtol=2e-4)
 
 
-def test_recall_length_reads_a_grid() -> None:
-    right = [[32, 32, 32], [32, 31, 32], [32, 20, 31], [32, 32, 32], [4, 0, 32]]
-    results = xr.Dataset(
-        {"successes": (("length", "depth"), right), "trials": (("length", "depth"), np.full((5, 3), 32))},
-        {"length": [512, 1024, 2048, 4096, 8192], "depth": [0.0, 0.5, 1.0]},
-    )
-    found = analyses.recall_length(results.isel(length=[4, 2, 0, 1, 3]))
-    assert float(found["recall_length"]) == 1024 and float(found["failing_length"]) == 2048
-    assert float(found["surely_recalled"]) == 512 and float(found["surely_failing"]) == 2048
-    strict = analyses.recall_length(results, every_depth=True, accuracy=0.97)
-    assert float(strict["recall_length"]) == 512 and float(strict["surely_recalled"]) == 0
-    # Wilson's interval of 31 of 32, from its defining quadratic.
-    at = strict.sel(length=1024, depth=0.5)
-    for bound in (float(at["low"]), float(at["high"])):
-        assert abs(bound - 31 / 32) == pytest.approx(1.959964 * np.sqrt(bound * (1 - bound) / 32), rel=1e-5)
-    never = analyses.recall_length(results.assign(successes=results["successes"] * 0))
-    assert float(never["recall_length"]) == 0 and float(never["failing_length"]) == 512
-    always = analyses.recall_length(results.assign(successes=results["trials"]))
-    assert float(always["recall_length"]) == 8192 and np.isnan(float(always["failing_length"]))
-
-
 def test_every_number_is_labelled(record: xr.DataTree) -> None:
     for function in (PER_TOKEN | REDUCED).values():
         for _, variable in _variables(function(record)):
