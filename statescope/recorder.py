@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statescope.reader import ATTRIBUTED, LOSS, Field, Measured, Suspect, place_of_nonfinite
+from statescope.layout import Layout
+from statescope.measured import ATTRIBUTED, LOSS, Field, Measured, Suspect, place_of_nonfinite
 from statescope.schema import group_variables
-from statescope.store import Layout
 from statescope.watch import Watch
 
 WRITERS = max(2, min(8, os.cpu_count() or 1))

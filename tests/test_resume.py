@@ -22,7 +22,7 @@ from torch import nn
 from zarr.storage import MemoryStore
 
 import statescope
-from statescope import store as store_module
+from statescope import layout
 from statescope.capture import mixers
 from statescope.carry import Carry
 from statescope.reader import Reader
@@ -227,7 +227,7 @@ def test_killed_while_replacing(zygote: Zygote, whole: dict[str, Any], tmp_path:
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Interrupt traces after so many tokens; small shards."""
-    monkeypatch.setattr(store_module, "SHARD_TOKENS", 32)
+    monkeypatch.setattr(layout, "SHARD_TOKENS", 32)
     commit = RecordWriter.commit
 
     def arm(tokens: int | None) -> None:
