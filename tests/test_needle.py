@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from statescope.analyses.measures import overload_ratio, retention, share_of
+from statescope.analyses import overload_ratio, retention, share_of
 from statescope.analyses.needle import MEASURES, SMALLEST, needle_measures
 
 SEQUENCES, LAYERS, TOKENS, HEADS, KEY, VALUE = 2, 2, 40, 3, 4, 5

@@ -168,7 +168,7 @@ def test_killed_again_and_again(scenario: str, zygote: Zygote, whole: dict[str, 
     record, seconds, _ = whole[scenario]
     place = tmp_path / "run.zarr"
     draw, before, kills = random.Random(scenario), 0, 0
-    for _ in range(6):
+    for _ in range(20):
         run = zygote.run(scenario, place, kill_after=draw.uniform(0.1, 0.5) * seconds)
         kills += run.killed
         if run.reads:
@@ -176,6 +176,11 @@ def test_killed_again_and_again(scenario: str, zygote: Zygote, whole: dict[str, 
         committed = committed_prefix(place, record)
         assert committed >= before
         before = committed
+        if committed == TOKENS and kills < 2:  # it was faster than the one that was timed
+            shutil.rmtree(place)
+            before, seconds = 0, seconds / 2
+        elif kills == 4 or committed == TOKENS:
+            break
     assert kills >= 2
     finish(zygote, scenario, place, record)
 
