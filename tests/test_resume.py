@@ -22,7 +22,12 @@ from torch import nn
 from zarr.storage import MemoryStore
 
 import statescope
+<<<<<<< HEAD
 from statescope import layout
+=======
+from statescope import recorder
+from statescope import store as store_module
+>>>>>>> notebooks
 from statescope.capture import mixers
 from statescope.carry import Carry
 from statescope.reader import Reader
@@ -244,6 +249,26 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(RecordWriter, "commit", interrupted)
 
     yield arm
+
+
+def test_a_commit_does_not_wait_for_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much may be on its way, what was read is soon safe."""
+    monkeypatch.setattr(recorder, "IN_FLIGHT", 1000)
+    monkeypatch.setattr(store_module, "SHARD_TOKENS", 32)
+    model, place = build("mamba2"), tmp_path / "run.zarr"
+
+    def press_stop(reader: Reader, carry: Carry, *rest: Any) -> None:
+        until = time.monotonic() + 60
+        while carry.position == 64 and time.monotonic() < until:
+            time.sleep(0.01)
+            if place.exists() and statescope.open(place).attrs["committed"] == 64:
+                raise KeyboardInterrupt
+        read(reader, carry, *rest)
+
+    read = Reader.read
+    monkeypatch.setattr(Reader, "read", press_stop)
+    with pytest.raises(KeyboardInterrupt):
+        statescope.trace(model, ids(96), store=place, segment=16)
 
 
 SETTINGS: dict[str, Any] = {"segment": 16, "snapshots": [10, 40], "probes": 50, "window": 2}
