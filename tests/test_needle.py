@@ -46,7 +46,11 @@ def build(rng: np.random.Generator, decay: float = 0.2) -> tuple[xr.DataTree, np
     probes = xr.Dataset({"share": (("sequence", "layer", "probe", "token", "head"), share[:, :, None])}, at)
     probes = probes.assign_coords(probe=[TOKENS - 1])
     record = xr.DataTree.from_dict(
-        {"/": xr.Dataset(attrs={"train_length": 25, "watch": WATCH}), "steps": steps, "probes": probes}
+        {
+            "/": xr.Dataset(attrs={"train_length": 25, "watch": WATCH, "tokens": TOKENS}),
+            "steps": steps,
+            "probes": probes,
+        }
     )
     return record, survives
 
