@@ -11,7 +11,9 @@ state without any of them in memory:
 
 .. math:: |S_t|^2 = e^{2 g_t} |S_{t-1}|^2 + 2 \langle D_t, U_t \rangle + |U_t|^2 .
 
-The norm restarts from :math:`S_{in}` in every chunk, so its error does not build up.
+The norm restarts from :math:`S_{in}` in every chunk, so its error does not build up. The delta rule is
+brought to this form by :mod:`statescope.kernels.delta`; decays of keys or entries are for
+:mod:`statescope.kernels.stepped`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.nn.functional import pad
 
 from statescope.recurrence import Recurrence
 
-from . import reference
+from . import delta, reference, stepped
 from .interface import ScanOutput, Steps
 
 CHUNK, NARROW_CHUNK = 64, 32
@@ -39,7 +41,7 @@ On a CPU the work stays in the caches, and under the size from which the allocat
 
 
 def supports(recurrence: Recurrence) -> str | None:
-    """Return None: per-key decay and the erase term are served too, token by token."""
+    """Return None: every structure is served; an erase term other than the delta rule's token by token."""
     return None
 
 
@@ -62,8 +64,10 @@ def scan(
         Tokens after which the state is kept.
     """
     dtype = _working_dtype(recurrence)
-    if recurrence.per_key_decay or recurrence.erases:
-        return reference.scan(recurrence, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
+    if not (recurrence.scalar_decay or recurrence.erases):
+        return stepped.scan(recurrence, dtype, outputs=outputs, measure=measure, positions=positions)
+    if recurrence.erases:
+        return _erasing(recurrence, outputs, measure, positions, dtype)
     start = state = recurrence.start_state(dtype)
     y = torch.empty(recurrence.v.shape, dtype=dtype, device=state.device) if outputs else None
     steps: list[Steps] = []
@@ -90,6 +94,20 @@ def scan(
     )
 
 
+def _erasing(
+    r: Recurrence, outputs: bool, measure: bool, positions: Sequence[int], dtype: torch.dtype
+) -> ScanOutput:
+    """Solve for what is written, where one triangular system gives it; what is left erases nothing."""
+    if r.scalar_decay and r.delta_rule:
+        values = delta.written_values(r, dtype, block_tokens(r))
+        if torch.isfinite(values).all():
+            plain = r.replace(v=values, write_scale=None, a=None, skip=None)
+            found = scan(plain, outputs=outputs, measure=measure, positions=positions)
+            y = None if found.y is None else _with_skip(r, found.y)
+            return ScanOutput(y, found.steps, found.states, found.final_state)
+    return reference.scan(r, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
+
+
 def probe(
     recurrence: Recurrence, state: Tensor, log_decay_after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +126,11 @@ def probe(
         Sum of the log decay from the end of this stretch to the probe; 0 if it ends there.
     """
     dtype = _working_dtype(recurrence)
-    if recurrence.per_key_decay or recurrence.erases:
+    if not (recurrence.scalar_decay or recurrence.erases):
+        return stepped.probe(recurrence, state, log_decay_after, dtype)
+    if recurrence.scalar_decay and recurrence.delta_rule and log_decay_after is None:
+        return delta.probe(recurrence, state, None, dtype, block_tokens(recurrence))
+    if recurrence.erases:
         return reference.probe(recurrence, state, log_decay_after, dtype=dtype)
     r = recurrence.to(dtype)
     state = state.to(dtype)
