@@ -109,12 +109,12 @@ def _erasing(
 
 
 def probe(
-    recurrence: Recurrence, state: Tensor, log_decay_after: Tensor | None = None
+    recurrence: Recurrence, state: Tensor, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Attribute the state at a probe to the writes of earlier tokens.
 
     ``contribution`` :math:`= e^{G_p - G_t} |U_t|`, ``share`` :math:`= e^{G_p - G_t} w_t\,
-    k_t^\top S_p v_t / |S_p|^2`; see :func:`statescope.kernels.reference.probe` for shapes.
+    k_t^\top S_p v_t / |S_p|^2`; see :func:`statescope.kernels.reference.probe` for shapes and other structures.
 
     Parameters
     ----------
@@ -122,19 +122,19 @@ def probe(
         Tokens up to the probe, or an earlier stretch.
     state : Tensor, (batch, heads, key, value)
         The state at the probe.
-    log_decay_after : Tensor, (batch, heads), optional
-        Sum of the log decay from the end of this stretch to the probe; 0 if it ends there.
+    after : Tensor, optional
+        What happens from the end of this stretch to the probe; as there.
     """
     dtype = _working_dtype(recurrence)
     if not (recurrence.scalar_decay or recurrence.erases):
-        return stepped.probe(recurrence, state, log_decay_after, dtype)
-    if recurrence.scalar_decay and recurrence.delta_rule and log_decay_after is None:
-        return delta.probe(recurrence, state, None, dtype, block_tokens(recurrence))
+        return stepped.probe(recurrence, state, after, dtype)
+    if recurrence.scalar_decay and recurrence.delta_rule:
+        return delta.probe(recurrence, state, after, dtype, block_tokens(recurrence))
     if recurrence.erases:
-        return reference.probe(recurrence, state, log_decay_after, dtype=dtype)
+        return reference.probe(recurrence, state, after, dtype=dtype)
     r = recurrence.to(dtype)
     state = state.to(dtype)
-    after = torch.zeros_like(r.v[:, 0, :, 0]) if log_decay_after is None else log_decay_after.to(dtype)
+    after = torch.zeros_like(r.v[:, 0, :, 0]) if after is None else after.to(dtype)
     # Summed from the end, so that what lies near the probe keeps its precision.
     decay = r.log_decay.flip(1).cumsum(1).flip(1)
     survives = (pad(decay[:, 1:], (0, 0, 0, 1)) + after[:, None]).exp()
@@ -150,6 +150,14 @@ def probe(
     start = r.start_state(dtype)
     before = (decay[:, 0] + after).exp() * (start * state).sum((-2, -1)) / energy
     return contribution, share, before
+
+
+def transition(recurrence: Recurrence) -> Tensor:
+    """How a recurrence that erases maps the state; see :func:`statescope.kernels.reference.transition`."""
+    dtype = _working_dtype(recurrence)
+    if recurrence.scalar_decay and recurrence.delta_rule:
+        return delta.transition(recurrence, dtype, block_tokens(recurrence))
+    return reference.transition(recurrence, dtype=dtype)
 
 
 def _with_skip(recurrence: Recurrence, y: Tensor) -> Tensor:

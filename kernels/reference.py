@@ -100,14 +100,15 @@ def _measure(log_decay: Tensor, decayed: Tensor, update: Tensor, state: Tensor) 
 def probe(
     recurrence: Recurrence,
     state: Tensor,
-    log_decay_after: Tensor | None = None,
+    after: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Attribute the final state to the writes that made it, by stepping backwards.
 
     With :math:`T_i` the linear map of token ``i`` and :math:`M_t = T_{last} \cdots T_{t+1}`, the
-    write :math:`w_t k_t v_t^\top` survives as :math:`M_t w_t k_t v_t^\top`.
+    write :math:`w_t k_t v_t^\top` survives as :math:`M_t w_t k_t v_t^\top`. What token ``t`` itself
+    erases is part of :math:`T_t`: it takes from earlier writes and is none of its own.
 
     Parameters
     ----------
@@ -115,8 +116,10 @@ def probe(
         Tokens up to the probe, or an earlier stretch.
     state : Tensor, (batch, heads, key, value)
         The state at the probe.
-    log_decay_after : Tensor, (batch, heads[, key[, value]]), optional
-        Sum of the log decay from the end of this stretch to the probe; 0 if it ends there.
+    after : Tensor, optional
+        What happens from the end of this stretch to the probe; nothing if it ends there. Without an erase
+        term the sum of the log decay, (batch, heads[, key[, value]]); with one :func:`transition`, (batch,
+        heads, key, key).
     dtype : torch.dtype
         Arithmetic and results.
 
@@ -134,8 +137,8 @@ def probe(
     # The map from here to the probe, (batch, heads, value, key, key): one for every column of the state,
     # or 1 for all of them where they decay alike.
     survives = torch.eye(r.key, dtype=dtype, device=state.device).expand(r.batch, r.heads, 1, -1, -1)
-    if log_decay_after is not None:
-        survives = survives * _of_columns(log_decay_after.to(dtype).exp())
+    if after is not None:
+        survives = after.to(dtype)[:, :, None] if r.erases else survives * _of_columns(after.to(dtype).exp())
     energy = _norm(state) ** 2
     contribution, share = torch.empty_like(r.v[..., 0]), torch.empty_like(r.v[..., 0])
     for t in reversed(range(r.time)):
@@ -149,6 +152,30 @@ def probe(
     columns = survives.expand(-1, -1, r.value, -1, -1)
     before = torch.einsum("bhvij,bhjv->bhiv", columns, r.start_state(dtype))
     return contribution, share, (before * state).sum((-2, -1)) / energy
+
+
+def transition(recurrence: Recurrence, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the map from the state before the first token to that after the last.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        Whose columns decay alike.
+    dtype : torch.dtype
+        Arithmetic and result.
+
+    Returns
+    -------
+    Tensor, (batch, heads, key, key)
+    """
+    r = recurrence.to(dtype)
+    if r.log_decay.ndim == 5:
+        raise ValueError("log_decay has a number for every entry, so that no one map serves all columns")
+    erase = r.erase_vectors()
+    survives = torch.eye(r.key, dtype=dtype, device=r.v.device).expand(r.batch, r.heads, 1, -1, -1)
+    for t in reversed(range(r.time)):
+        survives = _transition(r, erase, t, survives)
+    return survives[:, :, 0]
 
 
 def _transition(r: Recurrence, erase: Erase, t: int, survives: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def scan(
 
 
 def probe(
-    recurrence: Recurrence, state: Tensor, log_decay_after: Tensor | None, dtype: torch.dtype
+    recurrence: Recurrence, state: Tensor, after: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attribute the state at a probe to earlier writes; see :func:`statescope.kernels.reference.probe`."""
     r, state = recurrence, state.to(dtype)
@@ -82,8 +82,8 @@ def probe(
     contribution = torch.empty(r.v.shape[:3], dtype=dtype, device=state.device)
     share = torch.empty_like(contribution)
     later = torch.zeros((), dtype=dtype, device=state.device)
-    if log_decay_after is not None:
-        later = _of_entries(log_decay_after[:, None])[:, 0].double()
+    if after is not None:
+        later = _of_entries(after[:, None])[:, 0].double()
     for first, stop in reversed(list(_blocks(r))):
         part = r.between(first, stop, None)
         log_decay = _of_entries(part.log_decay.double())

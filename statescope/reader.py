@@ -16,7 +16,7 @@ from statescope.adapters import Call
 from statescope.capture import Handler, capture, mixers
 from statescope.carry import Carry
 from statescope.recurrence import Recurrence
-from statescope.scan import ScanOutput, Steps, choose, probe, scan, token_loss
+from statescope.scan import ScanOutput, Steps, choose, probe, scan, token_loss, transition
 from statescope.watch import Watch, thin
 
 Edit = Callable[[int, Recurrence], Recurrence]
@@ -245,10 +245,17 @@ class _Segment:
             )
             for p, state in zip(probes, output.states.unbind(1), strict=True):
                 self.carry.probe_states[layer, p] = state
-                self.carry.probe_decays[layer, p] = self._decay_until(layer, recurrence, p + 1)
+                if recurrence.erases:
+                    until = recurrence.between(0, p + 1 - self.start, None)
+                    self.carry.probe_maps[layer, p] = transition(until)
+                else:
+                    self.carry.probe_decays[layer, p] = self._decay_until(layer, recurrence, p + 1)
             if not self.reader.own_outputs:
                 answer = lambda: call.answer(output)  # noqa: E731
-        self.carry.log_decay[layer] = self._decay_until(layer, recurrence, self.stop)
+        if recurrence.erases:
+            self.carry.maps[layer, self.start] = transition(recurrence)
+        else:
+            self.carry.log_decay[layer] = self._decay_until(layer, recurrence, self.stop)
         return answer()
 
     def _edited(self, layer: int, call: Call) -> Recurrence:
@@ -289,7 +296,7 @@ class _Segment:
         for p in self.watch.probes:
             if self.watch.probe_start(p) < self.stop and p >= self.start:
                 self._attribute(layer, recurrence, p, states, measured)
-        if self.watch.probes:
+        if self.watch.probes and not recurrence.erases:
             self.carry.log_decay[layer] = self._decay_until(layer, recurrence, self.stop)
         self.sink.take(self.watch.layers.index(layer), measured)
 
@@ -302,15 +309,23 @@ class _Segment:
         entering = r.initial_state if first == self.start else states[first - 1]
         part = r.between(first - self.start, last - self.start, entering)
         inside = p < self.stop
-        after = None
-        if not inside:
-            after = self.carry.probe_decays[layer, p] - self._decay_until(layer, r, self.stop)
+        after = None if inside else self._until_probe(layer, r, p)
         state = states[p] if inside else self.carry.probe_states[layer, p]
         contribution, share, before = probe(part, state, after)
         found = torch.stack([self._of_heads(contribution), self._of_heads(share)])
         measured.fields["probes", p] = (first, found)
         if first == reach_start:
             measured.share_before[p] = self._of_heads(before)
+
+    def _until_probe(self, layer: int, r: Recurrence, p: int) -> Tensor:
+        """What happens from the end of this segment to a later probe; see :func:`statescope.scan.probe`."""
+        if not r.erases:
+            return self.carry.probe_decays[layer, p] - self._decay_until(layer, r, self.stop)
+        starts = sorted(start for at, start in self.carry.maps if at == layer and start <= p)
+        after = self.carry.probe_maps[layer, p]  # from the start of its own segment, the last of these
+        for start in reversed(starts[:-1]):
+            after = after @ self.carry.maps[layer, start] if start >= self.stop else after
+        return after
 
     def _of_heads(self, x: Tensor, axis: int = -1) -> Tensor:
         """Pick the watched heads, as float32."""
@@ -319,7 +334,7 @@ class _Segment:
         return x.to(torch.float32)
 
     def _decay_until(self, layer: int, r: Recurrence, stop: int) -> Tensor:
-        total = r.log_decay[:, : stop - self.start].double().sum(1)
+        total = r.log_decay[:, : stop - self.start].sum(1, dtype=torch.float64)
         return total + self.carry.log_decay[layer] if layer in self.carry.log_decay else total
 
 

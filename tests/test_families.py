@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, RECURRENT_LAYERS, Collected, assert_close, assert_identical, build, ids
+from tiny import (
+    FAMILIES,
+    RECURRENT_LAYERS,
+    Collected,
+    assert_close,
+    assert_identical,
+    build,
+    cached_state,
+    ids,
+)
 from torch import nn
 
 import statescope
@@ -112,7 +121,7 @@ def test_snapshot_is_the_cached_state(family: str, model: nn.Module) -> None:
     forward(model, TEXT, carry)
     for layer in RECURRENT_LAYERS[family]:
         state = record["snapshots"].state.sel(layer=layer, position=TOKENS - 1)
-        cached = carry.cache.layers[layer].recurrent_states[0].transpose(-2, -1)
+        cached = cached_state(family, carry.cache, layer)
         assert_near(torch.from_numpy(state.values), cached)
         np.testing.assert_allclose(
             record["steps"].state_norm.sel(layer=layer, token=TOKENS - 1),

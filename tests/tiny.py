@@ -30,6 +30,23 @@ _MAMBA = {
     "mamba_chunk_size": 16,
 }
 
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+}
+_EXPERTS = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "mamba2": {
         "num_hidden_layers": 3,
@@ -94,6 +111,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_mem_blocks": 1,
         "use_shared_attention_adapter": False,
     },
+    "qwen3_next": {**_ATTENTION, **_DELTA, **_EXPERTS},
+    "qwen3_5_text": {**_ATTENTION, **_DELTA},
+    "qwen3_5_moe_text": {**_ATTENTION, **_DELTA, **_EXPERTS},
+    "olmo_hybrid": {**_ATTENTION, **_DELTA, "linear_num_key_heads": 4},
 }
 """Settings by model type; every hybrid has an attention layer."""
 
@@ -104,8 +125,15 @@ RECURRENT_LAYERS = {
     "nemotron_h": [0, 2],
     "falcon_h1": [0, 1, 2],
     "zamba2": [0, 1, 2, 3, 4],
+    "qwen3_next": [0, 2, 3],
+    "qwen3_5_text": [0, 2, 3],
+    "qwen3_5_moe_text": [0, 2, 3],
+    "olmo_hybrid": [0, 2, 3],
 }
 """Depths at which a state sits."""
+
+DELTA_RULE = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
+"""Families that erase."""
 
 FAMILIES = tuple(CONFIGS)
 
@@ -127,7 +155,15 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:
                 parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
+            if family in DELTA_RULE and name.endswith("A_log"):
+                parameter.uniform_(-4, -1)  # as drawn, a state is forgotten within a token
     return model
+
+
+def cached_state(family: str, cache: Any, layer: int) -> torch.Tensor:
+    """The state a model keeps, (batch, heads, key, value)."""
+    state: torch.Tensor = cache.layers[layer].recurrent_states[0]
+    return state if family in DELTA_RULE else state.transpose(-2, -1)
 
 
 def ids(tokens: int, sequences: int = 1, seed: int = 0) -> torch.Tensor:
