@@ -47,6 +47,8 @@ _EXPERTS = {
     "shared_expert_intermediate_size": 32,
 }
 
+_MAMBA_1 = {"num_hidden_layers": 3, "state_size": 8, "expand": 4, "time_step_rank": 4}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "mamba2": {
         "num_hidden_layers": 3,
@@ -111,6 +113,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_mem_blocks": 1,
         "use_shared_attention_adapter": False,
     },
+    "mamba": _MAMBA_1,
+    "falcon_mamba": _MAMBA_1,
+    "jamba": {
+        **_ATTENTION,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 1,
+        "intermediate_size": 48,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+        "mamba_expand": 4,
+        "mamba_dt_rank": 4,
+    },
     "qwen3_next": {**_ATTENTION, **_DELTA, **_EXPERTS},
     "qwen3_5_text": {**_ATTENTION, **_DELTA},
     "qwen3_5_moe_text": {**_ATTENTION, **_DELTA, **_EXPERTS},
@@ -125,6 +141,9 @@ RECURRENT_LAYERS = {
     "nemotron_h": [0, 2],
     "falcon_h1": [0, 1, 2],
     "zamba2": [0, 1, 2, 3, 4],
+    "mamba": [0, 1, 2],
+    "falcon_mamba": [0, 1, 2],
+    "jamba": [0, 2, 3],
     "qwen3_next": [0, 2, 3],
     "qwen3_5_text": [0, 2, 3],
     "qwen3_5_moe_text": [0, 2, 3],
@@ -134,6 +153,9 @@ RECURRENT_LAYERS = {
 
 DELTA_RULE = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
 """Families that erase."""
+
+MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
+"""Families whose own continuation of a text, by more than one token, loses the state."""
 
 FAMILIES = tuple(CONFIGS)
 
@@ -163,6 +185,8 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
 def cached_state(family: str, cache: Any, layer: int) -> torch.Tensor:
     """The state a model keeps, (batch, heads, key, value)."""
     state: torch.Tensor = cache.layers[layer].recurrent_states[0]
+    if family in MAMBA_1:  # by channel, of which up to 64 make a head
+        state = state.unflatten(1, (-1, 64))
     return state if family in DELTA_RULE else state.transpose(-2, -1)
 
 

@@ -6,9 +6,20 @@ architecture is supported as soon as its modeling module calls a function of a k
 
 from statescope.adapters.gated_delta import CHUNK_RULE, RECURRENT_RULE
 from statescope.adapters.interface import Adapter, Call
+from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
 
-ADAPTERS: dict[str, Adapter] = {a.function: a for a in (CHUNK_SCAN, STATE_UPDATE, CHUNK_SCAN_COMBINED, CHUNK_RULE, RECURRENT_RULE)}
+_ALL = (
+    CHUNK_SCAN,
+    STATE_UPDATE,
+    CHUNK_SCAN_COMBINED,
+    SELECTIVE_SCAN,
+    SELECTIVE_UPDATE,
+    CHUNK_RULE,
+    RECURRENT_RULE,
+)
+
+ADAPTERS: dict[str, Adapter] = {adapter.function: adapter for adapter in _ALL}
 """Adapters by the name of the function they read."""
 
 __all__ = ["ADAPTERS", "Adapter", "Call"]
