@@ -114,7 +114,8 @@ def probe(
     r"""Attribute the state at a probe to the writes of earlier tokens.
 
     ``contribution`` :math:`= e^{G_p - G_t} |U_t|`, ``share`` :math:`= e^{G_p - G_t} w_t\,
-    k_t^\top S_p v_t / |S_p|^2`; see :func:`statescope.kernels.reference.probe` for shapes and other structures.
+    k_t^\top S_p v_t / |S_p|^2`; shapes and other structures as
+    :func:`statescope.kernels.reference.probe`.
 
     Parameters
     ----------

@@ -5,8 +5,8 @@ With the erase term :math:`a_t k_t (k_t^\top S_{t-1})` token :math:`t` adds one 
 .. math:: U_t = k_t u_t^\top, \qquad u_t = w_t v_t + a_t\, S_{t-1}^\top k_t ,
 
 so with :math:`u` in the place of :math:`w v` the recurrence has no erase term left, and all that
-:mod:`statescope.kernels.chunked` says holds: outputs, states and their exact norms. Inside a chunk entered
-with :math:`S_{in}`, and with :math:`G` the running sum of the log decay, :math:`u` solves a triangular system,
+:mod:`statescope.kernels.chunked` says holds: outputs, states and their exact norms. In a chunk entered with
+:math:`S_{in}`, and with :math:`G` the running sum of the log decay, :math:`u` solves a triangular system,
 
 .. math:: (I - M)\, U = W V + \operatorname{diag}(a_t e^{G_{t-1}})\, K S_{in}, \qquad
           M_{tj} = a_t e^{G_{t-1} - G_j} (k_t \cdot k_j) \; (j < t) .
@@ -107,7 +107,7 @@ def probe(
 
 
 def transition(recurrence: Recurrence, dtype: torch.dtype, block: int) -> Tensor:
-    """Return the map from the state before the first token to that after the last, (batch, heads, key, key)."""
+    """Return the map from the state before the first token to that after the last."""
     survives = _identity(recurrence, dtype)
     for _, _, chunks in _from_the_last(recurrence, dtype, block):
         maps = chunks.maps(chunks.surviving_keys())

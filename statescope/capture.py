@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import cache, partial, wraps
 from dataclasses import dataclass
+from functools import cache, partial, wraps
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -195,8 +195,8 @@ def _intercepting(adapter: Adapter, own: Callable[..., Any]) -> Callable[..., An
             return own(*args, **kwargs)
         if current.called:
             raise ValueError(
-                f"model: layer {current.layer} scans its heads in several calls of {adapter.function}, which is"
-                " not supported"
+                f"model: layer {current.layer} scans its heads in several calls of {adapter.function};"
+                " such models are not supported"
             )
         current.called = True
         if current.entering is not None:

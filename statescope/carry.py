@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from statescope import caches
 
-
 AHEAD = ("probe_states", "probe_decays", "maps", "probe_maps")
 """What a reading ahead finds."""
 

@@ -71,7 +71,9 @@ class Recurrence:
         if self.groups == 0 or self.heads % self.groups:
             raise ValueError(f"k has {self.groups} groups; {self.heads} heads are not a multiple of that")
         if self.a is not None and self.a.ndim == 3 and self.b is not None:
-            raise ValueError("a has one number per head, which is the delta rule's erase term; b must be None")
+            raise ValueError(
+                "a has one number per head, which is the delta rule's erase term; b must be None"
+            )
         if (self.a is None or self.a.ndim == 4) and (self.a is None) != (self.b is None):
             raise ValueError("the erase term needs both a and b; one of them is missing")
         if (

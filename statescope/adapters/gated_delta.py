@@ -42,7 +42,7 @@ def read_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     **_rest: Any,
 ) -> Call:
-    """Read ``torch_chunk_gated_delta_rule`` or ``torch_recurrent_gated_delta_rule``: a stretch of tokens, or one.
+    """Read ``torch_chunk_gated_delta_rule``, or ``torch_recurrent_gated_delta_rule`` of one token.
 
     Shapes as transformers passes them: ``query`` and ``key`` (batch, time, key heads, key), ``value`` (batch,
     time, heads, value), ``g`` (the log decay) and ``beta`` (batch, time, heads), ``initial_state`` (batch,

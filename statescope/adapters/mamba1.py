@@ -130,8 +130,8 @@ def _recurrence(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, state:
     """Gather channels to heads; ``x`` and ``step`` are (batch, time, channel)."""
     if B.ndim != 3 or C.ndim != 3:
         raise ValueError(
-            f"the scan was called with B {tuple(B.shape)} and C {tuple(C.shape)}; expected one of each for every"
-            " token, (batch, d_state, time)"
+            f"the scan was called with B {tuple(B.shape)} and C {tuple(C.shape)}; expected (batch, d_state,"
+            " time), one vector a token for all channels"
         )
     heads = (-1, channels_of_a_head(len(A)))
     rates = A.float().T.unflatten(1, heads).transpose(0, 1)  # head, key, value
