@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from statescope.kernels import chunked, reference
+from statescope.kernels import chunked, reference, stepped
 from statescope.kernels.interface import ScanOutput, Steps
 from statescope.recurrence import Recurrence
 
@@ -127,6 +127,37 @@ def test_longer_than_a_block() -> None:
     assert_close(fields(got), fields(want), TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("structure", ["per_key", "per_entry"])
+def test_stepped_in_blocks(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = draw(structure, 70, initial=True)
+    whole, kept = chunked.scan(r), chunked.probe(r, r.initial_state)
+    monkeypatch.setitem(stepped.ENTRIES, "cpu", 16 * r.batch * r.heads * r.key * r.value)
+    positions = (3, 15, 16, 69)
+    assert_close(
+        fields(chunked.scan(r, positions=positions)), fields(reference.scan(r, positions=positions)), 1e-12
+    )
+    assert torch.equal(chunked.scan(r).final_state, whole.final_state)
+    for got, want in zip(chunked.probe(r, r.initial_state), kept, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_delta_rule_is_its_vectors() -> None:
+    """The short form of the erase term, and the paper's: forget, then correct what the key reads."""
+    r = draw("delta", 40, initial=True)
+    a, b = r.erase_vectors()
+    want = fields(reference.scan(r))
+    assert_close(fields(reference.scan(r.replace(a=a, b=b))), want, 1e-14)
+    beta = torch.rand(2, 40, 6, dtype=torch.float64)
+    gated = r.replace(write_scale=beta, a=-beta * r.log_decay.exp())
+    state, k = r.initial_state, r.k.repeat_interleave(2, 2)
+    for t in range(40):
+        state = state * r.log_decay[:, t, :, None, None].exp()
+        error = r.v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
+    for kernel in (reference, chunked):
+        torch.testing.assert_close(kernel.scan(gated).final_state, state)
+
+
 def test_parts_on_request() -> None:
     r = draw()
     full = fields(chunked.scan(r))
@@ -235,8 +266,28 @@ def test_splitting_changes_nothing(structure: str, time: int, cut: float, seed: 
 def test_shares_sum_to_one(structure: str, seed: int) -> None:
     r = draw(structure, 40, initial=True, seed=seed)
     state = reference.scan(r, measure=False).final_state
-    _, share, before = reference.probe(r, state)
-    torch.testing.assert_close(share.sum(1) + before, torch.ones_like(before), rtol=1e-9, atol=1e-9)
+    for kernel in (reference, chunked):
+        _, share, before = kernel.probe(r, state)
+        torch.testing.assert_close(share.sum(1) + before, torch.ones_like(before), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(structure=st.sampled_from(STRUCTURES), time=st.integers(2, 150), cut=st.floats(0.01, 0.99))
+def test_probe_in_parts(structure: str, time: int, cut: float) -> None:
+    """Attributed stretch by stretch, with what happens after each, everything is as in one."""
+    r = draw(structure, min(time, 40) if structure.endswith("erase") else time, initial=True)
+    at = min(max(1, int(cut * r.time)), r.time - 1)
+    state = chunked.scan(r, measure=False).final_state
+    middle = chunked.scan(r.between(0, at, r.initial_state), measure=False).final_state
+    late = r.between(at, r.time, middle)
+    after = chunked.transition(late) if r.erases else late.log_decay.sum(1)
+    early = chunked.probe(r.between(0, at, r.initial_state), state, after)
+    rest = chunked.probe(late, state)
+    whole = chunked.probe(r, state)
+    for i in (0, 1):
+        torch.testing.assert_close(torch.cat([early[i], rest[i]], 1), whole[i], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(early[2], whole[2], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(rest[2], early[1].sum(1) + early[2], rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=10, deadline=None)
