@@ -64,7 +64,7 @@ def scan(
         Tokens after which the state is kept.
     """
     dtype = _working_dtype(recurrence)
-    if not (recurrence.scalar_decay or recurrence.erases):
+    if not recurrence.scalar_decay and (recurrence.delta_rule or not recurrence.erases):
         return stepped.scan(recurrence, dtype, outputs=outputs, measure=measure, positions=positions)
     if recurrence.erases:
         return _erasing(recurrence, outputs, measure, positions, dtype)
@@ -98,7 +98,7 @@ def _erasing(
     r: Recurrence, outputs: bool, measure: bool, positions: Sequence[int], dtype: torch.dtype
 ) -> ScanOutput:
     """Solve for what is written, where one triangular system gives it; what is left erases nothing."""
-    if r.scalar_decay and r.delta_rule:
+    if r.delta_rule:
         values = delta.written_values(r, dtype, block_tokens(r))
         if torch.isfinite(values).all():
             plain = r.replace(v=values, write_scale=None, a=None, skip=None)

@@ -1,19 +1,19 @@
 r"""The delta rule in chunks of matrix products (torch): what each token writes, once the past is erased.
 
-With the erase term :math:`a_t k_t (k_t^\top S_{t-1})` token :math:`t` adds one matrix of rank one,
+With the erase term :math:`a_t k_t (k_t^\top D_t)`, where :math:`D_t = e^{g_t} S_{t-1}` is the decayed state,
+token :math:`t` adds one matrix of rank one,
 
-.. math:: U_t = k_t u_t^\top, \qquad u_t = w_t v_t + a_t\, S_{t-1}^\top k_t ,
+.. math:: U_t = k_t u_t^\top, \qquad u_t = w_t v_t + a_t\, D_t^\top k_t ,
 
 so with :math:`u` in the place of :math:`w v` the recurrence has no erase term left, and all that
 :mod:`statescope.kernels.chunked` says holds: outputs, states and their exact norms. In a chunk entered with
 :math:`S_{in}`, and with :math:`G` the running sum of the log decay, :math:`u` solves a triangular system,
 
-.. math:: (I - M)\, U = W V + \operatorname{diag}(a_t e^{G_{t-1}})\, K S_{in}, \qquad
-          M_{tj} = a_t e^{G_{t-1} - G_j} (k_t \cdot k_j) \; (j < t) .
+.. math:: (I - M)\, U = W V + \operatorname{diag}(a_t e^{G_t})\, K S_{in}, \qquad
+          M_{tj} = a_t e^{G_t - G_j} (k_t \cdot k_j) \; (j < t) .
 
-Source: *Gated Delta Networks* (arXiv 2412.06464), section 3.3, eq. 8-10, where :math:`a_t = -\beta_t e^{g_t}`
-and :math:`w_t = \beta_t` (the UT transform of *Parallelizing Linear Transformers with the Delta Rule*, arXiv
-2406.06484, section 3).
+Source: *Gated Delta Networks* (arXiv 2412.06464), section 3, where :math:`w_t = \beta_t = -a_t` (the UT
+transform of *Parallelizing Linear Transformers with the Delta Rule*, arXiv 2406.06484, section 3).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def probe(
 
     What survives at the end of its chunk of the key of token ``t`` is row ``t`` of
     :math:`(I - M)^{-\top} \operatorname{diag}(e^{G_{end} - G_t}) K`, and a chunk takes the state that enters
-    it through :math:`\Phi = e^{G_{end}} I + P^\top \operatorname{diag}(a_t e^{G_{t-1}}) K`, with :math:`P`
+    it through :math:`\Phi = e^{G_{end}} I + P^\top \operatorname{diag}(a_t e^{G_t}) K`, with :math:`P`
     these rows.
 
     Parameters
@@ -137,7 +137,7 @@ class _Chunks:
     time: int
     v: Tensor  # b c g h i v, scaled
     system: Tensor  # b c g h i j: -M below the diagonal
-    read: Tensor  # b c g h i k: what each token reads of the entering state, diag(a e^G_before) K
+    read: Tensor  # b c g h i k: what each token reads of the entering state, diag(a e^G) K
     remaining: Tensor  # b c g h i k: keys, decayed to the chunk's end
     decay: Tensor  # b c g h 1 1: of the whole chunk
 
@@ -158,7 +158,7 @@ class _Chunks:
 
         k, a, log_decay, v = cut(r.k).transpose(2, 3), *map(per_head, (r.a, r.log_decay, r.v))
         run = log_decay.double().cumsum(-1)  # in float64: only differences matter
-        difference = ((run - log_decay)[..., :, None] - run[..., None, :]).to(dtype)
+        difference = (run[..., :, None] - run[..., None, :]).to(dtype)
         present = torch.ones(difference.shape[-2:], dtype=torch.bool, device=a.device).tril(-1)
         weights = difference.masked_fill_(~present, -torch.inf).exp_()
         gram = (k @ k.transpose(-2, -1))[:, :, :, None]
@@ -167,7 +167,7 @@ class _Chunks:
             time=stop - first,
             v=v if r.write_scale is None else v * per_head(r.write_scale)[..., None],
             system=weights.mul_(gram).mul_(-a[..., None]),
-            read=keys * (a * (run - log_decay).to(dtype).exp())[..., None],
+            read=keys * (a * run.to(dtype).exp())[..., None],
             remaining=keys * (run[..., -1:] - run).to(dtype).exp()[..., None],
             decay=run[..., -1].to(dtype).exp()[..., None, None],
         )

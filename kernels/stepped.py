@@ -2,7 +2,7 @@ r"""The recurrence token by token, a block of tokens at a time (torch): for deca
 
 Where keys, or entries of the state, decay at their own rates, the weights :math:`e^{G_t - G_j}` of
 :mod:`statescope.kernels.chunked` are not one number for two tokens. Here the states of a block are stepped
-through with one fused multiply and add each, all else is worked out for the whole block at once, and the
+through with a few operations each, all else is worked out for the whole block at once, and the
 memory they take is bounded whatever the length.
 """
 
@@ -29,7 +29,7 @@ def scan(
     measure: bool = True,
     positions: Sequence[int] = (),
 ) -> ScanOutput:
-    """Run a recurrence without an erase term.
+    """Run a recurrence whose erase term, if it has one, is the delta rule's.
 
     Parameters
     ----------
@@ -50,11 +50,8 @@ def scan(
     for first, stop in _blocks(r):
         part = r.between(first, stop, None)
         log_decay = _of_entries(part.log_decay.to(dtype))
-        decay, update = log_decay.exp(), _written(part, dtype)
-        states = torch.empty((stop - first + 1, *state.shape), dtype=dtype, device=state.device)
-        states[0] = state
-        for t in range(stop - first):
-            torch.addcmul(update[:, t], states[t], decay[:, t], out=states[t + 1])
+        decay = log_decay.exp()
+        states, update = (_erase if r.erases else _add)(part, state, decay)
         state = states[-1]
         after = states[1:].transpose(0, 1)
         if y is not None:
@@ -73,10 +70,37 @@ def scan(
     )
 
 
+def _add(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the states, (time + 1, batch, heads, key, value), and what every token adds, batch first."""
+    update = _written(r, state.dtype)
+    states = torch.empty((r.time + 1, *state.shape), dtype=state.dtype, device=state.device)
+    states[0] = state
+    for t in range(r.time):
+        torch.addcmul(update[:, t], states[t], decay[:, t], out=states[t + 1])
+    return states, update
+
+
+def _erase(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where what a token adds is known once it has read the decayed state."""
+    assert r.a is not None
+    k, a, values = _heads(r, r.k).to(state.dtype), r.a.to(state.dtype)[..., None], _scaled(r, state.dtype)
+    states = torch.empty((r.time + 1, *state.shape), dtype=state.dtype, device=state.device)
+    update = torch.empty((r.batch, r.time, *state.shape[1:]), dtype=state.dtype, device=state.device)
+    states[0] = state
+    for t in range(r.time):
+        decayed = torch.mul(states[t], decay[:, t], out=states[t + 1])
+        value = values[:, t] + a[:, t] * (k[:, t, :, None] @ decayed)[:, :, 0]
+        decayed += torch.mul(k[:, t, ..., None], value[:, :, None], out=update[:, t])
+    return states, update
+
+
 def probe(
     recurrence: Recurrence, state: Tensor, after: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attribute the state at a probe to earlier writes; see :func:`statescope.kernels.reference.probe`."""
+    """Attribute the state at a probe to earlier writes, where none erases.
+
+    See :func:`statescope.kernels.reference.probe`.
+    """
     r, state = recurrence, state.to(dtype)
     energy = state.square().sum((-2, -1))
     contribution = torch.empty(r.v.shape[:3], dtype=dtype, device=state.device)
@@ -110,9 +134,12 @@ def _of_entries(log_decay: Tensor) -> Tensor:
 
 def _written(r: Recurrence, dtype: torch.dtype) -> Tensor:
     """What every token adds, (batch, time, heads, key, value)."""
+    return _heads(r, r.k).to(dtype)[..., None] * _scaled(r, dtype)[..., None, :]
+
+
+def _scaled(r: Recurrence, dtype: torch.dtype) -> Tensor:
     v = r.v.to(dtype)
-    v = v if r.write_scale is None else v * r.write_scale.to(dtype)[..., None]
-    return _heads(r, r.k).to(dtype)[..., None] * v[..., None, :]
+    return v if r.write_scale is None else v * r.write_scale.to(dtype)[..., None]
 
 
 def _heads(r: Recurrence, shared: Tensor) -> Tensor:

@@ -35,8 +35,9 @@ class Recurrence:
     write_scale : Tensor, (batch, time, heads), optional
         :math:`w_t`, the strength of each write (``dt`` in Mamba-2); 1 where it is absent.
     a, b : Tensor, (batch, time, heads, key), optional
-        The erase term. ``a`` of shape (batch, time, heads), without ``b``, is the delta rule's: a number
-        for :math:`a_t k_t (k_t^\top S_{t-1})`.
+        The erase term. ``a`` of shape (batch, time, heads), without ``b``, is the delta rule's, which
+        reads the decayed state with the key: :math:`a_t k_t` in the place of :math:`a_t`, and
+        :math:`e^{g_t} \circ k_t` in that of :math:`b_t`.
     initial_state : Tensor, (batch, heads, key, value), optional
         :math:`S_{-1}`; zero where it is absent.
     skip : Tensor, (heads,), optional
@@ -162,8 +163,13 @@ class Recurrence:
             return None
         if self.b is not None:
             return self.a, self.b
+        if self.log_decay.ndim == 5:
+            raise ValueError(
+                "log_decay has a number for every entry; the delta rule's erase term has no b then"
+            )
         k = self.k.repeat_interleave(self.heads // self.groups, 2)
-        return self.a[..., None] * k, k
+        decay = self.log_decay.exp()
+        return self.a[..., None] * k, (decay[..., None] if self.scalar_decay else decay) * k
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is present, by field name."""

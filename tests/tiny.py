@@ -40,6 +40,23 @@ _DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 16,
 }
+_LATENT = {
+    "layer_types": _DELTA["layer_types"],
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 _EXPERTS = {
     "num_experts": 2,
     "num_experts_per_tok": 1,
@@ -130,6 +147,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_ATTENTION, **_DELTA, **_EXPERTS},
     "qwen3_5_text": {**_ATTENTION, **_DELTA},
     "qwen3_5_moe_text": {**_ATTENTION, **_DELTA, **_EXPERTS},
+    "kimi_linear": {**_LATENT, "linear_num_heads": 4, "linear_head_dim": 16},
+    "bailing_hybrid": {**_LATENT, "head_dim": 16, "num_mtp_layers": 0, "kda_lower_bound": -0.2},
     "olmo_hybrid": {**_ATTENTION, **_DELTA, "linear_num_key_heads": 4},
 }
 """Settings by model type; every hybrid has an attention layer."""
@@ -147,11 +166,20 @@ RECURRENT_LAYERS = {
     "qwen3_next": [0, 2, 3],
     "qwen3_5_text": [0, 2, 3],
     "qwen3_5_moe_text": [0, 2, 3],
+    "kimi_linear": [0, 2, 3],
+    "bailing_hybrid": [0, 2, 3],
     "olmo_hybrid": [0, 2, 3],
 }
 """Depths at which a state sits."""
 
-DELTA_RULE = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
+DELTA_RULE = (
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "olmo_hybrid",
+    "kimi_linear",
+    "bailing_hybrid",
+)
 """Families that erase."""
 
 MAMBA_1 = ("mamba", "falcon_mamba", "jamba")

@@ -6,6 +6,7 @@ architecture is supported as soon as its modeling module calls a function of a k
 
 from statescope.adapters.gated_delta import CHUNK_RULE, RECURRENT_RULE
 from statescope.adapters.interface import Adapter, Call
+from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
 from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
 
@@ -17,6 +18,8 @@ _ALL = (
     SELECTIVE_UPDATE,
     CHUNK_RULE,
     RECURRENT_RULE,
+    CHUNK_KDA,
+    RECURRENT_KDA,
 )
 
 ADAPTERS: dict[str, Adapter] = {adapter.function: adapter for adapter in _ALL}

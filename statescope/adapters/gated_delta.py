@@ -6,7 +6,7 @@ r"""Gated DeltaNet (arXiv 2412.06464, eq. 10).
     \qquad y_t = S_t^\top q_t / \sqrt{d_k}
 
 In the terms of :class:`~statescope.recurrence.Recurrence`: :math:`g = \log \alpha`, :math:`w = \beta`,
-:math:`a = -\beta \alpha` along the key, and the scale of the output in :math:`q`. The paper's state is
+:math:`a = -\beta` along the key, and the scale of the output in :math:`q`. The paper's state is
 the transpose of this one; the models keep (key, value), as we do.
 """
 
@@ -60,7 +60,7 @@ def read_gated_delta_rule(
         v=value,
         log_decay=g,
         write_scale=beta,
-        a=-beta * g.exp(),
+        a=-beta,
         initial_state=initial_state,
     )
 

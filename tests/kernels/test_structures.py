@@ -141,17 +141,19 @@ def test_stepped_in_blocks(structure: str, monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(got, want)
 
 
-def test_delta_rule_is_its_vectors() -> None:
+@pytest.mark.parametrize("structure", ["delta", "per_key_delta"])
+def test_delta_rule_is_its_vectors(structure: str) -> None:
     """The short form of the erase term, and the paper's: forget, then correct what the key reads."""
-    r = draw("delta", 40, initial=True)
+    r = draw(structure, 40, initial=True)
     a, b = r.erase_vectors()
     want = fields(reference.scan(r))
     assert_close(fields(reference.scan(r.replace(a=a, b=b))), want, 1e-14)
     beta = torch.rand(2, 40, 6, dtype=torch.float64)
-    gated = r.replace(write_scale=beta, a=-beta * r.log_decay.exp())
+    gated = r.replace(write_scale=beta, a=-beta)
     state, k = r.initial_state, r.k.repeat_interleave(2, 2)
     for t in range(40):
-        state = state * r.log_decay[:, t, :, None, None].exp()
+        decay = r.log_decay[:, t].exp()
+        state = state * decay.reshape(*decay.shape, *(1,) * (4 - decay.ndim))
         error = r.v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
     for kernel in (reference, chunked):
