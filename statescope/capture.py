@@ -42,7 +42,7 @@ class _Current:
     handler: Handler
     layer: int
     entering: Entering | None
-    kept: Tensor | None
+    cache: Any
     called: bool = False
 
 
@@ -113,8 +113,8 @@ def _announced(mixer: nn.Module, layer: int, handler: Handler) -> Iterator[None]
         cache, entering = kwargs.get("inference_params"), None
         if isinstance(cache, InferenceCache):
             entering = cache.enter(layer, mixer, len(args[0]))
-        kept = _kept_state(kwargs.get("cache_params"), layer)
-        tokens.append(_current.set(_Current(handler, layer, entering, kept)))
+        given = kwargs.get("cache_params")
+        tokens.append(_current.set(_Current(handler, layer, entering, given)))
 
     entered = mixer.register_forward_pre_hook(enter, with_kwargs=True)
     left = mixer.register_forward_hook(lambda *_: _current.reset(tokens.pop()), always_call=True)
@@ -204,7 +204,7 @@ def _intercepting(adapter: Adapter, own: Callable[..., Any]) -> Callable[..., An
         run, mirror_dtype = own, not fused
         if fused and _on_cpu(*args, *kwargs.values()):  # where mamba_ssm cannot run, and torch can
             run, mirror_dtype = own.__wrapped__, True  # type: ignore[attr-defined]
-        untold = {"entering": current.kept} if adapter.forgets else {}
+        untold = {"entering": _kept_state(current.cache, current.layer)} if adapter.forgets else {}
         call = adapter.read(mirror_dtype, *args, **untold, **kwargs)
         complete = call.complete or (lambda result: result)
         return current.handler(current.layer, call, lambda: complete(run(*args, **kwargs)))

@@ -32,6 +32,7 @@ class Anatomy(NamedTuple):
     heads: int
     key: int
     value: int
+    structure: str
     backend: str
 
 
@@ -103,11 +104,12 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
     known = _surveyed.setdefault(model, {})
     if asked in known:
         return known[asked]
-    found: dict[int, tuple[int, int, int, str]] = {}
+    found: dict[int, tuple[int, int, int, str, str]] = {}
 
     def note(layer: int, call: Call, run_own: Callable[[], Any]) -> Any:
         r = call.recurrence
-        found[layer] = (r.heads, r.key, r.value, choose(r, "auto" if backend == "model" else backend))
+        kernel = choose(r, "auto" if backend == "model" else backend)
+        found[layer] = (r.heads, r.key, r.value, r.structure, kernel)
         return run_own()
 
     with torch.no_grad(), capture(model, note):

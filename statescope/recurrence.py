@@ -157,6 +157,13 @@ class Recurrence:
         """Whether the erase term is the delta rule's, along the key: ``a`` alone, one number per head."""
         return self.a is not None and self.a.ndim == 3
 
+    @property
+    def structure(self) -> str:
+        """Which case of the equation this is, in words: how the state decays and whether it is erased."""
+        decay = {3: "head", 4: "key", 5: "entry"}[self.log_decay.ndim]
+        erase = ", delta rule" if self.delta_rule else ", erase term" if self.erases else ""
+        return f"decay per {decay}{erase}"
+
     def erase_vectors(self) -> tuple[Tensor, Tensor] | None:
         """:math:`a_t` and :math:`b_t`, each (batch, time, heads, key); None where nothing is erased."""
         if self.a is None:

@@ -240,6 +240,7 @@ class _Plan:
             "watch": self.watch.to_json(),
             "tokens": self.ids.shape[1],
             "state_shape": [self.anatomy.key, self.anatomy.value],
+            "structure": self.anatomy.structure,
             "first_nonfinite": None,
         }
 
