@@ -48,7 +48,7 @@ def supports(recurrence: Recurrence) -> str | None:
     if not _installed():
         return "triton is not installed"
     if not recurrence.scalar_decay:
-        return "the decay is not one number per head"
+        return "the decay is per key or per entry"
     if recurrence.erases:
         return "the recurrence has an erase term"
     if not (recurrence.v.is_cuda or _interpreted()):
