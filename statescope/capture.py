@@ -87,6 +87,7 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
         ``handler(layer, call, run_own)``; see :data:`Handler`.
     """
     with ExitStack() as stack:
+        stack.callback(_current.set, _current.get())  # an interrupt passes by the mixers' hooks
         for layer, mixer in mixers(model).items():
             stack.enter_context(_announced(mixer, layer, handler))
             home, names = _scans(mixer)  # type: ignore[misc]

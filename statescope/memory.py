@@ -9,8 +9,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from statescope.layout import Layout
 from statescope.schema import COORDINATES, Variable, group_variables
-from statescope.store import Layout
 
 
 class MemoryRecord:

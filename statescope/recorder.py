@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statescope.reader import ATTRIBUTED, LOSS, Field, Measured, Suspect, place_of_nonfinite
+from statescope.layout import Layout
+from statescope.measured import ATTRIBUTED, LOSS, Field, Measured, Suspect, place_of_nonfinite
 from statescope.schema import group_variables
-from statescope.store import Layout
 from statescope.watch import Watch
 
 WRITERS = max(2, min(8, os.cpu_count() or 1))
@@ -163,6 +163,7 @@ class Recorder:
 
     def commit(self, carry: Callable[[], bytes] | None) -> None:
         """Commit the interval; ``carry`` is None at the end of the text."""
+        self._open()  # all of the interval is launched; left until buffers run out, nothing would be safe
         now, former = self._now, self._last_commit
         waiting = [*now.writes] if former is None else [former, *now.writes]
         with self._beside():
@@ -220,9 +221,12 @@ class Recorder:
 
     def _wait(self, left: int) -> None:
         while len(self._waiting) > left:
-            if not self._opened.done():  # nothing more is launched for now, and the device is busy
-                self._opened.set_result(self._open_writer())
+            self._open()  # nothing more is launched for now, and the device is busy
             self._waiting.popleft().result()
+
+    def _open(self) -> None:
+        if not self._opened.done():
+            self._opened.set_result(self._open_writer())
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:

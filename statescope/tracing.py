@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from statescope import caches, record
 from statescope.capture import mixers
 from statescope.carry import Carry
 from statescope.memory import MemoryRecord
-from statescope.models import digest, resolve, settings_of
-from statescope.reader import Anatomy, Edit, Reader, survey
+from statescope.models import resolve
+from statescope.plan import Plan
+from statescope.reader import Edit, Reader, survey
 from statescope.recorder import Recorder, Writer
 from statescope.scan import BACKENDS
-from statescope.schema import SCHEMA_VERSION
-from statescope.store import Layout, RecordWriter, StoreLike, as_place, claim, shard_tokens
+from statescope.store import RecordWriter, StoreLike, as_place, claim
 from statescope.tokens import to_token_ids
 from statescope.watch import Probes, Watch
 
@@ -144,7 +138,7 @@ def trace(
     own_outputs = backend == "model" or (backend == "auto" and edit is None)
     asked = max(segment or _usual_segment(next(model.parameters()).device), 2)
     length = -(-min(asked, ids.shape[1]) // window) * window
-    plan = _Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
+    plan = Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
     if plan.stop_after(0) < ids.shape[1]:
         caches.refuse_segments(model)
     if store is None:
@@ -169,103 +163,18 @@ def trace(
     return record.assemble(groups, attributes)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A trace with nothing left open."""
-
-    model: nn.Module
-    model_id: str
-    ids: Tensor
-    watch: Watch
-    anatomy: Anatomy
-    own_outputs: bool
-    edit: Edit | None
-    segment: int
-    train_length: int | None
-
-    @property
-    def layout(self) -> Layout:
-        sequences, tokens = self.ids.shape
-        row = 4 * sequences * len(self.watch.layers) * len(self.watch.heads)
-        return Layout(
-            sequences=sequences,
-            tokens=tokens,
-            layers=self.watch.layers,
-            heads=self.watch.heads,
-            key=self.anatomy.key,
-            value=self.anatomy.value,
-            window=self.watch.window,
-            snapshots=self.watch.snapshots,
-            probes=self.watch.probes,
-            shard=shard_tokens(row, self.segment),
-        )
-
-    def stop_after(self, start: int) -> int:
-        """End of the segment that begins at ``start``; never one token after others.
-
-        transformers reads a single token with a function of its own, which leaves out the limits on the
-        step size that some families have.
-        """
-        tokens = self.ids.shape[1]
-        stop = min(start + self.segment, tokens)
-        return tokens if stop == tokens - 1 else stop
-
-    def commit_after(self, start: int) -> int:
-        """End of the interval that begins at ``start`` and is committed as one."""
-        stop = self.stop_after(start)
-        while stop < self.ids.shape[1] and stop % self.layout.shard:
-            stop = self.stop_after(stop)
-        return stop
-
-    def reader(self) -> Reader:
-        return Reader(self.model, self.ids, self.watch, self.anatomy.backend, self.own_outputs, self.edit)
-
-    def attributes(self) -> dict[str, Any]:
-        config: Any = self.model.config
-        train_length = self.train_length or getattr(config, "train_length", None)
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "statescope_version": version("statescope-ssm"),
-            "model_id": self.model_id,
-            "model_type": str(getattr(config, "model_type", type(self.model).__module__.split(".")[0])),
-            "train_length": train_length,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "device": str(next(self.model.parameters()).device),
-            "backend": self.anatomy.backend,
-            "outputs": "model" if self.own_outputs else "statescope",
-            "edit": _name_of(self.edit),
-            "segment": self.segment,
-            "versions": versions(),
-            "watch": self.watch.to_json(),
-            "tokens": self.ids.shape[1],
-            "state_shape": [self.anatomy.key, self.anatomy.value],
-            "first_nonfinite": None,
-        }
-
-    def fingerprint(self) -> str:
-        """Hash of all that decides the numbers of a record."""
-        hashed = hashlib.sha256(self.ids.numpy().tobytes())
-        hashed.update(digest(self.model).encode())
-        settings = [
-            asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
-            tuple(self.ids.shape), settings_of(self.model),
-        ]  # fmt: skip
-        hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        return hashed.hexdigest()
-
-
 def _run(
-    plan: _Plan,
+    plan: Plan,
     open_writer: Callable[[], Writer],
     progress: bool | None,
     on_disk: bool = False,
     kept: bytes | None = None,
 ) -> dict[str, Any]:
     """Read, measure and record; return the record's attributes."""
-    tokens, reader = plan.ids.shape[1], plan.reader()
+    reader = Reader(plan.model, plan.ids, plan.watch, plan.anatomy.backend, plan.own_outputs, plan.edit)
+    tokens = plan.ids.shape[1]
     carry = Carry.fresh(plan.model) if kept is None else Carry.from_bytes(kept, plan.model, reader.device)
-    ahead = _tokens_to_read_ahead(plan) if kept is None else 0
+    ahead = plan.tokens_to_read_ahead() if kept is None else 0
     disable = None if progress is None else not progress
     total = (tokens + ahead) * len(plan.ids)
     with (
@@ -286,13 +195,7 @@ def _run(
         return recorder.writer.attributes
 
 
-def _tokens_to_read_ahead(plan: _Plan) -> int:
-    """How far a probe's reach makes it necessary to know the states before the trace; 0 if it does not."""
-    crossing = [p for p in plan.watch.probes if plan.watch.probe_start(p) < p // plan.segment * plan.segment]
-    return (max(plan.watch.probes) + 1) if crossing else 0
-
-
-def _read_ahead(plan: _Plan, reader: Reader, tokens: int, bar: Any) -> Carry:
+def _read_ahead(plan: Plan, reader: Reader, tokens: int, bar: Any) -> Carry:
     ahead = Carry.fresh(plan.model)
     while ahead.position < tokens:
         start, stop = ahead.position, plan.stop_after(ahead.position)
@@ -326,23 +229,6 @@ def _check_numbers(**given: Any) -> None:
     for name, value in given.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r}; expected a number of tokens, 1 or more")
-
-
-def _name_of(function: Any) -> str | None:
-    if function is None:
-        return None
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "triton", "mamba-ssm", "numpy", "zarr", "xarray"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _warn_of_nonfinite(attributes: Mapping[str, Any]) -> None:

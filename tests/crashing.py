@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import statescope
-from statescope import reader, store, tracing
+from statescope import layout, reader, tracing
 from statescope.reader import Reader
 
 MODEL = "mamba2-byte-n16-t512"
@@ -44,7 +44,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 def trace(scenario: str, place: str, overwrite: bool = False) -> Any:
     """Trace as a scenario says."""
     settings = dict(SCENARIOS[scenario])
-    store.SHARD_TOKENS = settings.pop("shard")
+    layout.SHARD_TOKENS = settings.pop("shard")
     return statescope.trace(MODEL, TEXT, store=place, overwrite=overwrite, progress=False, **settings)
 
 

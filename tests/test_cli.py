@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 import statescope
-from statescope.cli import _integers, app
+from statescope.cli import app
+from statescope.cli.given import integers
 
 MODEL = "mamba2-byte-n16-t512"
 
@@ -66,10 +67,10 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     assert code == 2 and "not UTF-8" in said
 
 
-def test_integers() -> None:
-    assert _integers("layers", "0,3,8:12,-1") == [0, 3, 8, 9, 10, 11, -1]
-    assert _integers("layers", ":512:128") == [0, 128, 256, 384]
-    assert _integers("layers", None) is None
+def testintegers() -> None:
+    assert integers("layers", "0,3,8:12,-1") == [0, 3, 8, 9, 10, 11, -1]
+    assert integers("layers", ":512:128") == [0, 128, 256, 384]
+    assert integers("layers", None) is None
 
 
 def test_demo(tmp_path: Path) -> None:

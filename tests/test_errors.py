@@ -24,7 +24,7 @@ from torch import nn
 from zarr.storage import LocalStore, MemoryStore
 
 import statescope
-from statescope import store as store_module
+from statescope import layout
 from statescope.store import RecordWriter
 
 TEXT = ids(20)
@@ -365,7 +365,7 @@ SETTINGS: dict[str, Any] = {"segment": 200, "snapshots": [0, 1199, -1], "probes"
 
 def test_full_disk(model: nn.Module, mount: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk midway leaves an exact prefix; with more space the same call ends in the same record."""
-    monkeypatch.setattr(store_module, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(layout, "SHARD_TOKENS", 200)
     whole = statescope.trace(model, LONG, **SETTINGS)
     place = mount("small", "size=480k") / "run.zarr"
     with pytest.raises(OSError, match=r"free some space; its first .* run the same call again") as caught:
@@ -405,10 +405,10 @@ def test_file_size_limit(tmp_path: Path) -> None:
         import resource, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import statescope
-        from statescope import store
+        from statescope import layout, store
         from tiny import build, ids
 
-        store.SHARD_TOKENS = 50
+        layout.SHARD_TOKENS = 50
         commit = store.RecordWriter.commit
 
         def limited(self, tokens, carry, **attributes):
@@ -510,7 +510,7 @@ def test_nonfinite_loss_of_a_later_sequence() -> None:
 
 def test_nonfinite_survives_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run keeps the place that an earlier commit noted."""
-    monkeypatch.setattr(store_module, "SHARD_TOKENS", 16)
+    monkeypatch.setattr(layout, "SHARD_TOKENS", 16)
     model, text, place = poisoned(tie_word_embeddings=False), text_with(5, 70), MemoryStore()
     commit = RecordWriter.commit
 

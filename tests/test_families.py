@@ -230,6 +230,19 @@ def test_capture_leaves_other_models_alone(family: str, model: nn.Module) -> Non
     assert seen == RECURRENT_LAYERS[family]
 
 
+def test_interrupt_inside_a_layer(model: nn.Module) -> None:
+    """Not even Ctrl-C in the middle of a layer leaves the model's scan to a handler that is gone."""
+
+    def handler(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        expected = model(TEXT, use_cache=False).logits
+        with pytest.raises(KeyboardInterrupt), capture(model, handler):
+            model(TEXT, use_cache=False)
+        assert torch.equal(model(TEXT, use_cache=False).logits, expected)
+
+
 def test_threads_do_not_mix(family: str, model: nn.Module) -> None:
     """Two models of one family traced at once give the records they give alone."""
     pair = [model, build(family, seed=1)]

@@ -30,7 +30,7 @@ from torch.nn.functional import conv1d, silu
 from zarr.storage import MemoryStore
 
 import statescope
-from statescope import caches, store
+from statescope import caches, layout
 from statescope.adapters import ADAPTERS
 from statescope.capture import capture
 from statescope.kernels import reference
@@ -341,7 +341,7 @@ def test_bfloat16() -> None:
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that was interrupted is gone on from, exactly, by the same request only."""
-    monkeypatch.setattr(store, "SHARD_TOKENS", 32)
+    monkeypatch.setattr(layout, "SHARD_TOKENS", 32)
     commit = RecordWriter.commit
 
     def until(stop: int | None) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
 
-from statescope.analyses.measures import overload_ratio, retention, share_of
+from statescope.analyses import overload_ratio, retention, share_of
 from statescope.analyses.needle import MEASURES, SMALLEST, needle_measures
 
 SEQUENCES, LAYERS, TOKENS, HEADS, KEY, VALUE = 2, 2, 40, 3, 4, 5
 STARTS, STOPS = [3, 20], [9, 31]
+WATCH = json.dumps({"window": 1})
 
 
 def build(rng: np.random.Generator, decay: float = 0.2) -> tuple[xr.DataTree, np.ndarray]:
@@ -44,7 +46,7 @@ def build(rng: np.random.Generator, decay: float = 0.2) -> tuple[xr.DataTree, np
     probes = xr.Dataset({"share": (("sequence", "layer", "probe", "token", "head"), share[:, :, None])}, at)
     probes = probes.assign_coords(probe=[TOKENS - 1])
     record = xr.DataTree.from_dict(
-        {"/": xr.Dataset(attrs={"train_length": 25}), "steps": steps, "probes": probes}
+        {"/": xr.Dataset(attrs={"train_length": 25, "watch": WATCH}), "steps": steps, "probes": probes}
     )
     return record, survives
 

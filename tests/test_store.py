@@ -20,8 +20,9 @@ from zarr.storage import LocalStore, MemoryStore
 import statescope
 from statescope import record
 from statescope.kernels.interface import Steps
+from statescope.layout import Layout, shard_tokens
 from statescope.schema import ROOT_ATTRIBUTES, group_variables
-from statescope.store import Layout, RecordWriter, shard_tokens
+from statescope.store import RecordWriter
 from statescope.watch import Watch, thin
 
 

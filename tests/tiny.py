@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from statescope.reader import STEPS, Measured, Suspect
+from statescope.measured import STEPS, Measured, Suspect
 
 VOCABULARY = 64
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
 import statescope
+from statescope.layout import Layout
 from statescope.schema import ROOT_ATTRIBUTES
-from statescope.store import Layout, RecordWriter
+from statescope.store import RecordWriter
 from statescope.watch import Watch
 
 Array = NDArray[Any]

@@ -24,7 +24,7 @@ if not torch.cuda.is_available():  # before anything imports triton: the kernels
 from cases import OUTPUTS, STATES, WORST, Case, draw, errors, relative
 
 from statescope.kernels import fused, reference
-from statescope.tracing import versions
+from statescope.plan import versions
 
 HALF = torch.bfloat16
 SCANS = (

@@ -14,7 +14,7 @@ import torch
 from statescope.experiments.bench import accuracy, forward, scans, stream
 from statescope.experiments.bench.apart import reason
 from statescope.experiments.bench.settings import Settings
-from statescope.tracing import versions
+from statescope.plan import versions
 
 MODULES: dict[str, Any] = {"accuracy": accuracy, "scan": scans, "forward": forward, "stream": stream}
 

@@ -1,0 +1,5 @@
+"""``python -m statescope.cli``."""
+
+from statescope.cli import app
+
+app()

@@ -1,0 +1,74 @@
+"""``statescope trace`` and ``statescope info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from statescope.cli.app import app
+from statescope.cli.describe import describe
+from statescope.cli.given import Integers, integers, plain_errors, read_text
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="A bundled checkpoint, a folder or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the record.")],
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="TEXT_OR_FILE", help="A text, a UTF-8 file, or - for standard input."),
+    ] = None,
+    newlines: Annotated[int | None, typer.Option(help="Instead of a text: so many line breaks.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Hub id, folder, tokenizer.json or bytes.")] = None,
+    layers: Integers = None,
+    heads: Integers = None,
+    snapshots: Integers = None,
+    probes: Integers = None,
+    reach: Annotated[
+        int | None, typer.Option(help="Tokens before each probe that get a share. Default: all.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per entry of /steps.")] = 1,
+    segment: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, model, or the name of a kernel.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    train_length: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a record that is there.")] = False,
+) -> None:
+    """Read a text with a model and record its recurrent states."""
+    with plain_errors():
+        if (text is None) == (newlines is None):
+            raise ValueError("give either a text or --newlines")
+        content: Any = newlines if text is None else read_text(text)
+        import statescope
+        from statescope.experiments.newlines import newlines as trace_newlines
+
+        reads: Any = statescope.trace if newlines is None else trace_newlines
+        spans = {"layers": layers, "heads": heads, "snapshots": snapshots, "probes": probes}
+        chosen = {name: integers(name, span) for name, span in spans.items()}
+        if chosen["probes"] is not None:
+            chosen["probes"] = statescope.Probes(chosen["probes"], reach)
+        reads(
+            model,
+            content,
+            tokenizer=tokenizer,
+            store=output,
+            window=window,
+            segment=segment,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            train_length=train_length,
+            overwrite=overwrite,
+            **chosen,
+        )
+        describe(output)
+
+
+@app.command()
+def info(store: Annotated[Path, typer.Argument(help="A record.")]) -> None:
+    """Say what a record holds."""
+    with plain_errors():
+        describe(store)
