@@ -185,7 +185,8 @@ def _draw_half_lives(ax: Axes, found: xr.Dataset) -> None:
         ax.annotate(
             f"head {int(found['head'][head])}",
             (x[layer, head], half_life[layer, head]),
-            xytext=(3, 3),
+            xytext=(4, 0),
+            va="center",
             textcoords="offset points",
             fontsize="small",
             path_effects=OUTLINE,

@@ -48,7 +48,7 @@ def loss_figure(
     Source: *Stuffed Mamba* (arXiv 2410.07145), figure 1 and section 4.
     """
     several = [records] if isinstance(records, xr.DataTree) else list(records)
-    names = [str(r.attrs["model_id"]) for r in several] if labels is None else list(labels)
+    names = [_short(str(r.attrs["model_id"])) for r in several] if labels is None else list(labels)
     if not several or len(names) != len(several):
         raise ValueError(f"labels has {len(names)} names; expected one for each of {len(several)} records")
     lengths = [known_length(record, train_length) for record in several]
@@ -62,8 +62,15 @@ def loss_figure(
         scale_tokens(ax, several[longest], lengths[longest])
         ax.set_ylabel("mean loss (nat)")
         ax.set_ylim(0, None)
-        ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        legend = ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a dollar in a name is a dollar
     return figure
+
+
+def _short(name: str, most: int = 36) -> str:
+    """Return the end of a name, which tells folders apart; a leading underscore would hide it."""
+    return (name if len(name) <= most else f"...{name[3 - most :]}").lstrip("_")
 
 
 def _draw_loss(

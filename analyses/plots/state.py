@@ -92,7 +92,8 @@ def rank_figure(
     Sources: arXiv 2602.04852 (rank utilisation); *Stuffed Mamba*, figure 6 (outlier channels).
     """
     length = known_length(record, train_length)
-    group(record, "snapshots")
+    if not group(record, "snapshots").sizes["position"]:
+        raise ValueError("record has no snapshots yet: the first was not reached")
     chosen = choose_layers(record, layers, ROWS)
     part = record.sel(layer=chosen)
     ranks, outliers = state_rank(part), state_outliers(part)

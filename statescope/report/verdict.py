@@ -56,10 +56,11 @@ def _span(span: xr.Dataset, train_length: int) -> str:
     known = half[np.isfinite(half)]
     if not known.size:
         return "There is too little to say how long its heads keep a memory."
+    longer = int((known > train_length).sum())
     return (
         f"The median head keeps half of a memory's energy for {np.median(known):,.1f} tokens, the longest for"
-        f" {known.max():,.0f}; {int((known > train_length).sum())} of {known.size} keep it for longer than the"
-        f" training length of {train_length:,}."
+        f" {known.max():,.0f}; {longer} of {known.size} keep it for longer than the {train_length:,} of"
+        " training."
     )
 
 
@@ -72,8 +73,8 @@ def _recall(answers: xr.Dataset, record: xr.DataTree) -> str:
     surely = f"surely up to {low:,.0f}" if low else "no length is sure"
     bound = f"not beyond {high:,.0f}" if np.isfinite(high) else "no upper bound"
     sentence = (
-        f"Asked for {int(found['trials'].sum()):,} passkeys of up to {int(asked['length'].max()):,} tokens, it"
-        f" recalls 95 % of them up to {length:,.0f} tokens ({surely}, {bound})."
+        f"Asked for {int(found['trials'].sum()):,} passkeys of up to {int(asked['length'].max()):,} tokens,"
+        f" it recalls 95 % of them up to {length:,.0f} tokens ({surely}, {bound})."
     )
     asked_of, read_by = str(answers.attrs.get("model_id")), str(record.attrs["model_id"])
     if asked_of != read_by:

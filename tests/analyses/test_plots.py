@@ -188,6 +188,14 @@ def test_loss_of_several_records() -> None:
         plots.loss_figure(blank)
 
 
+@pytest.mark.parametrize("name", ["$x_$ costs $5", "/home/a/b/" + "long/" * 40 + "run-3", "_hidden"])
+def test_any_name_of_a_model_can_be_drawn(name: str) -> None:
+    given = KINDS["short"].copy()
+    given.attrs = {**given.attrs, "model_id": name}
+    said = drawn(plots.loss_figure(given)).axes[0].get_legend().get_texts()[0].get_text()
+    assert said == name.lstrip("_") or (said.startswith("...") and name.endswith(said[3:]))
+
+
 def test_layers_can_be_chosen() -> None:
     assert len(plots.state_figure(KINDS["numpy"], layers=[1]).axes) == 3
     with pytest.raises(ValueError, match="layers names layer 7; the record has 0, 1"):
