@@ -11,7 +11,9 @@ state without any of them in memory:
 
 .. math:: |S_t|^2 = e^{2 g_t} |S_{t-1}|^2 + 2 \langle D_t, U_t \rangle + |U_t|^2 .
 
-The norm restarts from :math:`S_{in}` in every chunk, so its error does not build up.
+The norm restarts from :math:`S_{in}` in every chunk, so its error does not build up. The delta rule is
+brought to this form by :mod:`statescope.kernels.delta`; decays of keys or entries are for
+:mod:`statescope.kernels.stepped`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.nn.functional import pad
 
 from statescope.recurrence import Recurrence
 
-from . import reference
+from . import delta, reference, stepped
 from .interface import ScanOutput, Steps
 
 CHUNK, NARROW_CHUNK = 64, 32
@@ -39,7 +41,7 @@ On a CPU the work stays in the caches, and under the size from which the allocat
 
 
 def supports(recurrence: Recurrence) -> str | None:
-    """Return None: per-key decay and the erase term are served too, token by token."""
+    """Return None: every structure is served; an erase term other than the delta rule's token by token."""
     return None
 
 
@@ -62,8 +64,10 @@ def scan(
         Tokens after which the state is kept.
     """
     dtype = _working_dtype(recurrence)
-    if recurrence.per_key_decay or recurrence.erases:
-        return reference.scan(recurrence, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
+    if not recurrence.scalar_decay and (recurrence.delta_rule or not recurrence.erases):
+        return stepped.scan(recurrence, dtype, outputs=outputs, measure=measure, positions=positions)
+    if recurrence.erases:
+        return _erasing(recurrence, outputs, measure, positions, dtype)
     start = state = recurrence.start_state(dtype)
     y = torch.empty(recurrence.v.shape, dtype=dtype, device=state.device) if outputs else None
     steps: list[Steps] = []
@@ -90,13 +94,28 @@ def scan(
     )
 
 
+def _erasing(
+    r: Recurrence, outputs: bool, measure: bool, positions: Sequence[int], dtype: torch.dtype
+) -> ScanOutput:
+    """Solve for what is written, where one triangular system gives it; what is left erases nothing."""
+    if r.delta_rule:
+        values = delta.written_values(r, dtype, block_tokens(r))
+        if torch.isfinite(values).all():
+            plain = r.replace(v=values, write_scale=None, a=None, skip=None)
+            found = scan(plain, outputs=outputs, measure=measure, positions=positions)
+            y = None if found.y is None else _with_skip(r, found.y)
+            return ScanOutput(y, found.steps, found.states, found.final_state)
+    return reference.scan(r, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
+
+
 def probe(
-    recurrence: Recurrence, state: Tensor, log_decay_after: Tensor | None = None
+    recurrence: Recurrence, state: Tensor, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Attribute the state at a probe to the writes of earlier tokens.
 
     ``contribution`` :math:`= e^{G_p - G_t} |U_t|`, ``share`` :math:`= e^{G_p - G_t} w_t\,
-    k_t^\top S_p v_t / |S_p|^2`; see :func:`statescope.kernels.reference.probe` for shapes.
+    k_t^\top S_p v_t / |S_p|^2`; shapes and other structures as
+    :func:`statescope.kernels.reference.probe`.
 
     Parameters
     ----------
@@ -104,15 +123,19 @@ def probe(
         Tokens up to the probe, or an earlier stretch.
     state : Tensor, (batch, heads, key, value)
         The state at the probe.
-    log_decay_after : Tensor, (batch, heads), optional
-        Sum of the log decay from the end of this stretch to the probe; 0 if it ends there.
+    after : Tensor, optional
+        What happens from the end of this stretch to the probe; as there.
     """
     dtype = _working_dtype(recurrence)
-    if recurrence.per_key_decay or recurrence.erases:
-        return reference.probe(recurrence, state, log_decay_after, dtype=dtype)
+    if not (recurrence.scalar_decay or recurrence.erases):
+        return stepped.probe(recurrence, state, after, dtype)
+    if recurrence.scalar_decay and recurrence.delta_rule:
+        return delta.probe(recurrence, state, after, dtype, block_tokens(recurrence))
+    if recurrence.erases:
+        return reference.probe(recurrence, state, after, dtype=dtype)
     r = recurrence.to(dtype)
     state = state.to(dtype)
-    after = torch.zeros_like(r.v[:, 0, :, 0]) if log_decay_after is None else log_decay_after.to(dtype)
+    after = torch.zeros_like(r.v[:, 0, :, 0]) if after is None else after.to(dtype)
     # Summed from the end, so that what lies near the probe keeps its precision.
     decay = r.log_decay.flip(1).cumsum(1).flip(1)
     survives = (pad(decay[:, 1:], (0, 0, 0, 1)) + after[:, None]).exp()
@@ -128,6 +151,14 @@ def probe(
     start = r.start_state(dtype)
     before = (decay[:, 0] + after).exp() * (start * state).sum((-2, -1)) / energy
     return contribution, share, before
+
+
+def transition(recurrence: Recurrence) -> Tensor:
+    """How a recurrence that erases maps the state; see :func:`statescope.kernels.reference.transition`."""
+    dtype = _working_dtype(recurrence)
+    if recurrence.scalar_decay and recurrence.delta_rule:
+        return delta.transition(recurrence, dtype, block_tokens(recurrence))
+    return reference.transition(recurrence, dtype=dtype)
 
 
 def _with_skip(recurrence: Recurrence, y: Tensor) -> Tensor:

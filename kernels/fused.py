@@ -47,8 +47,8 @@ def supports(recurrence: Recurrence) -> str | None:
     """Return None if the kernel serves this recurrence, else the reason why not."""
     if not _installed():
         return "triton is not installed"
-    if recurrence.per_key_decay:
-        return "the decay is per key"
+    if not recurrence.scalar_decay:
+        return "the decay is not one number per head"
     if recurrence.erases:
         return "the recurrence has an erase term"
     if not (recurrence.v.is_cuda or _interpreted()):

@@ -17,10 +17,11 @@ class Steps:
     r"""One number per token and head, each of shape (batch, time, heads).
 
     With :math:`D_t = \operatorname{diag}(e^{g_t}) S_{t-1}` the decayed state and
-    :math:`U_t = S_t - D_t` what the token adds to it (the erase term included):
+    :math:`U_t = S_t - D_t` what the token adds to it, the erase term included (under the delta rule the
+    correction :math:`k_t u_t^\top` and not the value that is asked for):
 
     ========================= ============================================== ============
-    ``log_decay``             :math:`g_t`, mean over keys                    nat
+    ``log_decay``             :math:`g_t`, mean over keys and values         nat
     ``write_norm``            :math:`|U_t|_F`                                state units
     ``state_norm``            :math:`|S_t|_F`                                state units
     ``state_mean``            mean of the entries of :math:`S_t`             state units

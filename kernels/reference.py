@@ -39,13 +39,14 @@ def scan(
         Arithmetic and results.
     """
     r = recurrence.to(dtype)
+    erase = r.erase_vectors()
     state = r.start_state(dtype)
     ys: list[Tensor] = []
     rows: list[tuple[Tensor, ...]] = []
     kept: dict[int, Tensor] = {}
     wanted = set(positions)
     for t in range(r.time):
-        decayed, update = _step(r, t, state)
+        decayed, update = _step(r, erase, t, state)
         state = decayed + update
         if outputs:
             y = torch.einsum("bhkv,bhk->bhv", state, _heads(r, r.q[:, t]))
@@ -62,24 +63,33 @@ def scan(
     )
 
 
-def _step(r: Recurrence, t: int, state: Tensor) -> tuple[Tensor, Tensor]:
+Erase = tuple[Tensor, Tensor] | None
+"""See :meth:`Recurrence.erase_vectors`."""
+
+
+def _step(r: Recurrence, erase: Erase, t: int, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return the decayed state and what token ``t`` adds to it."""
-    decay = r.log_decay[:, t].exp()
-    decayed = (decay if r.per_key_decay else decay[..., None])[..., None] * state
+    decayed = _of_entries(r.log_decay[:, t]).exp() * state
     update = torch.einsum("bhk,bhv->bhkv", _heads(r, r.k[:, t]), r.v[:, t])
     if r.write_scale is not None:
         update = r.write_scale[:, t, :, None, None] * update
-    if r.a is not None and r.b is not None:
-        read = torch.einsum("bhk,bhkv->bhv", r.b[:, t], state)
-        update = update + torch.einsum("bhk,bhv->bhkv", r.a[:, t], read)
+    if erase is not None:
+        a, b = erase
+        read = torch.einsum("bhk,bhkv->bhv", b[:, t], state)
+        update = update + torch.einsum("bhk,bhv->bhkv", a[:, t], read)
     return decayed, update
+
+
+def _of_entries(log_decay: Tensor) -> Tensor:
+    """Log decay of a token, (batch, heads[, key[, value]]), to stand beside a state."""
+    return log_decay.reshape(*log_decay.shape, *(1,) * (4 - log_decay.ndim))
 
 
 def _measure(log_decay: Tensor, decayed: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, ...]:
     old, write, overlap = _norm(decayed), _norm(update), (decayed * update).sum((-2, -1))
     scale = old * write
     return (
-        log_decay.mean(-1) if log_decay.ndim == 3 else log_decay,
+        log_decay.flatten(2).mean(-1) if log_decay.ndim > 2 else log_decay,
         write,
         _norm(state),
         state.mean((-2, -1)),
@@ -90,14 +100,15 @@ def _measure(log_decay: Tensor, decayed: Tensor, update: Tensor, state: Tensor) 
 def probe(
     recurrence: Recurrence,
     state: Tensor,
-    log_decay_after: Tensor | None = None,
+    after: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Attribute the final state to the writes that made it, by stepping backwards.
 
     With :math:`T_i` the linear map of token ``i`` and :math:`M_t = T_{last} \cdots T_{t+1}`, the
-    write :math:`w_t k_t v_t^\top` survives as :math:`M_t w_t k_t v_t^\top`.
+    write :math:`w_t k_t v_t^\top` survives as :math:`M_t w_t k_t v_t^\top`. What token ``t`` itself
+    erases is part of :math:`T_t`: it takes from earlier writes and is none of its own.
 
     Parameters
     ----------
@@ -105,8 +116,10 @@ def probe(
         Tokens up to the probe, or an earlier stretch.
     state : Tensor, (batch, heads, key, value)
         The state at the probe.
-    log_decay_after : Tensor, (batch, heads) or (batch, heads, key), optional
-        Sum of the log decay from the end of this stretch to the probe; 0 if it ends there.
+    after : Tensor, optional
+        What happens from the end of this stretch to the probe; nothing if it ends there. Without an erase
+        term the sum of the log decay, (batch, heads[, key[, value]]); with one :func:`transition`, (batch,
+        heads, key, key).
     dtype : torch.dtype
         Arithmetic and results.
 
@@ -120,30 +133,64 @@ def probe(
         The share of the initial state, so that all shares sum to 1.
     """
     r, state = recurrence.to(dtype), state.to(dtype)
-    survives = torch.eye(r.key, dtype=dtype, device=state.device).expand(r.batch, r.heads, -1, -1)
-    if log_decay_after is not None:
-        after = log_decay_after.to(dtype).exp()
-        survives = survives * (after if after.ndim == 3 else after[..., None])[..., None]
+    erase = r.erase_vectors()
+    # The map from here to the probe, (batch, heads, value, key, key): one for every column of the state,
+    # or 1 for all of them where they decay alike.
+    survives = torch.eye(r.key, dtype=dtype, device=state.device).expand(r.batch, r.heads, 1, -1, -1)
+    if after is not None:
+        survives = after.to(dtype)[:, :, None] if r.erases else survives * _of_columns(after.to(dtype).exp())
     energy = _norm(state) ** 2
     contribution, share = torch.empty_like(r.v[..., 0]), torch.empty_like(r.v[..., 0])
     for t in reversed(range(r.time)):
-        key = torch.einsum("bhij,bhj->bhi", survives, _heads(r, r.k[:, t]))
+        key = torch.einsum("bhvij,bhj->bhiv", survives, _heads(r, r.k[:, t]))
+        written = key * r.v[:, t, :, None]
         if r.write_scale is not None:
-            key = key * r.write_scale[:, t, :, None]
-        contribution[:, t] = key.norm(dim=-1) * r.v[:, t].norm(dim=-1)
-        share[:, t] = torch.einsum("bhk,bhkv,bhv->bh", key, state, r.v[:, t]) / energy
-        survives = _transition(r, t, survives)
-    before = torch.einsum("bhij,bhjv->bhiv", survives, r.start_state(dtype))
+            written = written * r.write_scale[:, t, :, None, None]
+        contribution[:, t] = _norm(written)
+        share[:, t] = (written * state).sum((-2, -1)) / energy
+        survives = _transition(r, erase, t, survives)
+    columns = survives.expand(-1, -1, r.value, -1, -1)
+    before = torch.einsum("bhvij,bhjv->bhiv", columns, r.start_state(dtype))
     return contribution, share, (before * state).sum((-2, -1)) / energy
 
 
-def _transition(r: Recurrence, t: int, survives: Tensor) -> Tensor:
+def transition(recurrence: Recurrence, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the map from the state before the first token to that after the last.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        Whose columns decay alike.
+    dtype : torch.dtype
+        Arithmetic and result.
+
+    Returns
+    -------
+    Tensor, (batch, heads, key, key)
+    """
+    r = recurrence.to(dtype)
+    if r.log_decay.ndim == 5:
+        raise ValueError("log_decay has a number for every entry, so that no one map serves all columns")
+    erase = r.erase_vectors()
+    survives = torch.eye(r.key, dtype=dtype, device=r.v.device).expand(r.batch, r.heads, 1, -1, -1)
+    for t in reversed(range(r.time)):
+        survives = _transition(r, erase, t, survives)
+    return survives[:, :, 0]
+
+
+def _transition(r: Recurrence, erase: Erase, t: int, survives: Tensor) -> Tensor:
     """Multiply by the map of token ``t`` from the right."""
-    decay = r.log_decay[:, t].exp()
-    result = survives * (decay[..., None, :] if r.per_key_decay else decay[..., None, None])
-    if r.a is not None and r.b is not None:
-        result = result + torch.einsum("bhij,bhj,bhk->bhik", survives, r.a[:, t], r.b[:, t])
+    result = survives * _of_columns(r.log_decay[:, t].exp())
+    if erase is not None:
+        a, b = erase
+        read = torch.einsum("bhvij,bhj->bhvi", survives, a[:, t])
+        result = result + read[..., None] * b[:, t, :, None, None]
     return result
+
+
+def _of_columns(decay: Tensor) -> Tensor:
+    """Decay of a token to stand beside the maps of a state's columns, from the right."""
+    return _of_entries(decay).transpose(-2, -1)[..., None, :]
 
 
 def _heads(r: Recurrence, shared: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Calls from anything but the captured model go straight through, and the name is 
 also after an exception.
 
 Where mamba_ssm's own models are to go on from an earlier segment, the hook also knows from what, and the
-scan and the convolution are given it (:mod:`statescope.inference`).
+scan and the convolution are given it (:mod:`statescope.inference`). Where transformers' scan is not told of
+the state in the model's cache, what it adds is added to the scan's own output.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache, partial, wraps
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,12 +35,15 @@ CONVOLUTION = "causal_conv1d_fn"
 """Name under which mamba_ssm's modules call a fused convolution; None where there is none."""
 
 
-class _Current(NamedTuple):
+@dataclass
+class _Current:
     """Whose calls are being made."""
 
     handler: Handler
     layer: int
     entering: Entering | None
+    cache: Any
+    called: bool = False
 
 
 _current: ContextVar[_Current | None] = ContextVar("statescope_current_layer", default=None)
@@ -109,7 +114,8 @@ def _announced(mixer: nn.Module, layer: int, handler: Handler) -> Iterator[None]
         cache, entering = kwargs.get("inference_params"), None
         if isinstance(cache, InferenceCache):
             entering = cache.enter(layer, mixer, len(args[0]))
-        tokens.append(_current.set(_Current(handler, layer, entering)))
+        given = kwargs.get("cache_params")
+        tokens.append(_current.set(_Current(handler, layer, entering, given)))
 
     entered = mixer.register_forward_pre_hook(enter, with_kwargs=True)
     left = mixer.register_forward_hook(lambda *_: _current.reset(tokens.pop()), always_call=True)
@@ -188,15 +194,31 @@ def _intercepting(adapter: Adapter, own: Callable[..., Any]) -> Callable[..., An
         current = _current.get()
         if current is None:
             return own(*args, **kwargs)
+        if current.called:
+            raise ValueError(
+                f"model: layer {current.layer} scans its heads in several calls of {adapter.function};"
+                " such models are not supported"
+            )
+        current.called = True
         if current.entering is not None:
             kwargs["initial_states"] = current.entering.state
         run, mirror_dtype = own, not fused
         if fused and _on_cpu(*args, *kwargs.values()):  # where mamba_ssm cannot run, and torch can
             run, mirror_dtype = own.__wrapped__, True  # type: ignore[attr-defined]
-        call = adapter.read(mirror_dtype, *args, **kwargs)
-        return current.handler(current.layer, call, lambda: run(*args, **kwargs))
+        untold = {"entering": _kept_state(current.cache, current.layer)} if adapter.forgets else {}
+        call = adapter.read(mirror_dtype, *args, **untold, **kwargs)
+        complete = call.complete or (lambda result: result)
+        return current.handler(current.layer, call, lambda: complete(run(*args, **kwargs)))
 
     return intercepted
+
+
+def _kept_state(cache: Any, layer: int) -> Tensor | None:
+    """The recurrent state that transformers' cache holds; None at the start of a text."""
+    if cache is None or layer >= len(cache.layers):
+        return None
+    state: Tensor | None = cache.layers[layer].recurrent_states[0]
+    return state
 
 
 def _on_cpu(*arguments: Any) -> bool:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from statescope import caches
 
+AHEAD = ("probe_states", "probe_decays", "maps", "probe_maps")
+"""What a reading ahead finds."""
+
 
 @dataclass
 class Carry:
@@ -27,10 +30,13 @@ class Carry:
         Tokens read so far.
     pending_loss : Tensor or None, (batch,)
         Loss of predicting the next token, known before that token is read.
-    log_decay : dict of int to Tensor, (batch, heads), float64
+    log_decay : dict of int to Tensor, (batch, heads[, key[, value]]), float64
         By layer, the sum of the log decay so far.
     probe_states, probe_decays : dict of (int, int) to Tensor
         By layer and probe: the state there and the sum of the log decay up to it, from a reading ahead.
+    maps, probe_maps : dict of (int, int) to Tensor, (batch, heads, key, key)
+        In the place of decays where the recurrence erases, from a reading ahead: by layer and first token how
+        a segment maps the state; by layer and probe how the tokens from its segment's first one do.
     """
 
     cache: caches.Cache
@@ -39,6 +45,8 @@ class Carry:
     log_decay: dict[int, Tensor] = field(default_factory=dict)
     probe_states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     probe_decays: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    probe_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, model: nn.Module) -> Carry:
@@ -53,7 +61,7 @@ class Carry:
         if self.pending_loss is not None:
             tensors["pending_loss"] = self.pending_loss
         tensors |= {f"log_decay/{layer}": t for layer, t in self.log_decay.items()}
-        for name in ("probe_states", "probe_decays"):
+        for name in AHEAD:
             tensors |= {f"{name}/{layer}/{p}": t for (layer, p), t in getattr(self, name).items()}
         frozen = {
             name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()

@@ -95,6 +95,7 @@ class Plan:
             "watch": self.watch.to_json(),
             "tokens": self.ids.shape[1],
             "state_shape": [self.anatomy.key, self.anatomy.value],
+            "structure": self.anatomy.structure,
             "first_nonfinite": None,
         }
 

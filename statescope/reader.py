@@ -16,7 +16,7 @@ from statescope.capture import Handler, capture, mixers
 from statescope.carry import Carry
 from statescope.measured import STEPS, Measured, Sink, suspect
 from statescope.recurrence import Recurrence
-from statescope.scan import ScanOutput, Steps, choose, probe, scan, token_loss
+from statescope.scan import ScanOutput, Steps, choose, probe, scan, token_loss, transition
 from statescope.watch import Watch, thin
 
 Edit = Callable[[int, Recurrence], Recurrence]
@@ -30,6 +30,7 @@ class Anatomy(NamedTuple):
     heads: int
     key: int
     value: int
+    structure: str
     backend: str
 
 
@@ -60,11 +61,12 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
     known = _surveyed.setdefault(model, {})
     if asked in known:
         return known[asked]
-    found: dict[int, tuple[int, int, int, str]] = {}
+    found: dict[int, tuple[int, int, int, str, str]] = {}
 
     def note(layer: int, call: Call, run_own: Callable[[], Any]) -> Any:
         r = call.recurrence
-        found[layer] = (r.heads, r.key, r.value, choose(r, "auto" if backend == "model" else backend))
+        kernel = choose(r, "auto" if backend == "model" else backend)
+        found[layer] = (r.heads, r.key, r.value, r.structure, kernel)
         return run_own()
 
     with torch.no_grad(), capture(model, note):
@@ -202,10 +204,17 @@ class _Segment:
             )
             for p, state in zip(probes, output.states.unbind(1), strict=True):
                 self.carry.probe_states[layer, p] = state
-                self.carry.probe_decays[layer, p] = self._decay_until(layer, recurrence, p + 1)
+                if recurrence.erases:
+                    until = recurrence.between(0, p + 1 - self.start, None)
+                    self.carry.probe_maps[layer, p] = transition(until)
+                else:
+                    self.carry.probe_decays[layer, p] = self._decay_until(layer, recurrence, p + 1)
             if not self.reader.own_outputs:
                 answer = lambda: call.answer(output)  # noqa: E731
-        self.carry.log_decay[layer] = self._decay_until(layer, recurrence, self.stop)
+        if recurrence.erases:
+            self.carry.maps[layer, self.start] = transition(recurrence)
+        else:
+            self.carry.log_decay[layer] = self._decay_until(layer, recurrence, self.stop)
         return answer()
 
     def _edited(self, layer: int, call: Call) -> Recurrence:
@@ -246,7 +255,7 @@ class _Segment:
         for p in self.watch.probes:
             if self.watch.probe_start(p) < self.stop and p >= self.start:
                 self._attribute(layer, recurrence, p, states, measured)
-        if self.watch.probes:
+        if self.watch.probes and not recurrence.erases:
             self.carry.log_decay[layer] = self._decay_until(layer, recurrence, self.stop)
         self.sink.take(self.watch.layers.index(layer), measured)
 
@@ -259,15 +268,23 @@ class _Segment:
         entering = r.initial_state if first == self.start else states[first - 1]
         part = r.between(first - self.start, last - self.start, entering)
         inside = p < self.stop
-        after = None
-        if not inside:
-            after = self.carry.probe_decays[layer, p] - self._decay_until(layer, r, self.stop)
+        after = None if inside else self._until_probe(layer, r, p)
         state = states[p] if inside else self.carry.probe_states[layer, p]
         contribution, share, before = probe(part, state, after)
         found = torch.stack([self._of_heads(contribution), self._of_heads(share)])
         measured.fields["probes", p] = (first, found)
         if first == reach_start:
             measured.share_before[p] = self._of_heads(before)
+
+    def _until_probe(self, layer: int, r: Recurrence, p: int) -> Tensor:
+        """What happens from the end of this segment to a later probe; see :func:`statescope.scan.probe`."""
+        if not r.erases:
+            return self.carry.probe_decays[layer, p] - self._decay_until(layer, r, self.stop)
+        starts = sorted(start for at, start in self.carry.maps if at == layer and start <= p)
+        after = self.carry.probe_maps[layer, p]  # from the start of its own segment, the last of these
+        for start in reversed(starts[:-1]):
+            after = after @ self.carry.maps[layer, start] if start >= self.stop else after
+        return after
 
     def _of_heads(self, x: Tensor, axis: int = -1) -> Tensor:
         """Pick the watched heads, as float32."""
@@ -276,5 +293,5 @@ class _Segment:
         return x.to(torch.float32)
 
     def _decay_until(self, layer: int, r: Recurrence, stop: int) -> Tensor:
-        total = r.log_decay[:, : stop - self.start].double().sum(1)
+        total = r.log_decay[:, : stop - self.start].sum(1, dtype=torch.float64)
         return total + self.carry.log_decay[layer] if layer in self.carry.log_decay else total

@@ -19,7 +19,8 @@ class Recurrence:
         S_t &= \operatorname{diag}(e^{g_t})\, S_{t-1} + a_t (b_t^\top S_{t-1}) + w_t\, k_t v_t^\top \\
         y_t &= S_t^\top q_t + d\, v_t
 
-    with a state :math:`S` of shape ``(key, value)``. Heads that share a query and key (a *group*)
+    with a state :math:`S` of shape ``(key, value)``; where every entry of it decays at its own rate,
+    :math:`e^{g_t} \circ S_{t-1}` stands for the first product. Heads that share a query and key (a *group*)
     are contiguous: head ``h`` of ``heads`` reads group ``h // (heads // groups)``.
 
     Parameters
@@ -28,12 +29,15 @@ class Recurrence:
         Query (``C`` in Mamba-2) and key (``B``).
     v : Tensor, (batch, time, heads, value)
         Value (``x`` in Mamba-2).
-    log_decay : Tensor, (batch, time, heads) or (batch, time, heads, key)
-        :math:`g_t` in nat, one number per head or one per key (``dt * A`` in Mamba-2).
+    log_decay : Tensor, (batch, time, heads), (..., heads, key) or (..., heads, key, value)
+        :math:`g_t` in nat, one number per head (``dt * A`` in Mamba-2), one per key or one per entry of
+        the state (``dt * A`` in Mamba-1).
     write_scale : Tensor, (batch, time, heads), optional
         :math:`w_t`, the strength of each write (``dt`` in Mamba-2); 1 where it is absent.
     a, b : Tensor, (batch, time, heads, key), optional
-        The erase term of delta-rule families; both or neither.
+        The erase term. ``a`` of shape (batch, time, heads), without ``b``, is the delta rule's, which
+        reads the decayed state with the key: :math:`a_t k_t` in the place of :math:`a_t`, and
+        :math:`e^{g_t} \circ k_t` in that of :math:`b_t`.
     initial_state : Tensor, (batch, heads, key, value), optional
         :math:`S_{-1}`; zero where it is absent.
     skip : Tensor, (heads,), optional
@@ -67,15 +71,20 @@ class Recurrence:
             raise ValueError(f"k has shape {tuple(self.k.shape)}; expected (batch, time, groups, key)")
         if self.groups == 0 or self.heads % self.groups:
             raise ValueError(f"k has {self.groups} groups; {self.heads} heads are not a multiple of that")
-        if (self.a is None) != (self.b is None):
+        if self.a is not None and self.a.ndim == 3 and self.b is not None:
+            raise ValueError(
+                "a has one number per head, which is the delta rule's erase term; b must be None"
+            )
+        if (self.a is None or self.a.ndim == 4) and (self.a is None) != (self.b is None):
             raise ValueError("the erase term needs both a and b; one of them is missing")
         if (
-            self.log_decay.ndim not in (3, 4)
+            self.log_decay.ndim not in (3, 4, 5)
             or self.log_decay.shape != self._expected["log_decay"][: self.log_decay.ndim]
         ):
             raise ValueError(
-                f"log_decay has shape {tuple(self.log_decay.shape)}; expected (batch, time, heads) or"
-                f" (batch, time, heads, key), here {self._expected['log_decay']}"
+                f"log_decay has shape {tuple(self.log_decay.shape)}; expected (batch, time, heads),"
+                " (batch, time, heads, key) or (batch, time, heads, key, value), here"
+                f" {self._expected['log_decay']}"
             )
         for name, tensor in self.tensors().items():
             if name != "log_decay" and tuple(tensor.shape) != self._expected[name]:
@@ -95,9 +104,9 @@ class Recurrence:
             "q": shared,
             "k": shared,
             "v": (*per_head, self.value),
-            "log_decay": (*per_head, self.key),
+            "log_decay": (*per_head, self.key, self.value),
             "write_scale": per_head,
-            "a": (*per_head, self.key),
+            "a": per_head if self.delta_rule else (*per_head, self.key),
             "b": (*per_head, self.key),
             "initial_state": (self.batch, self.heads, self.key, self.value),
             "skip": (self.heads,),
@@ -134,14 +143,40 @@ class Recurrence:
         return self.v.shape[3]
 
     @property
-    def per_key_decay(self) -> bool:
-        """Whether every key row decays at its own rate."""
-        return self.log_decay.ndim == 4
+    def scalar_decay(self) -> bool:
+        """Whether the whole state of a head decays at one rate."""
+        return self.log_decay.ndim == 3
 
     @property
     def erases(self) -> bool:
         """Whether the erase term is present."""
         return self.a is not None
+
+    @property
+    def delta_rule(self) -> bool:
+        """Whether the erase term is the delta rule's, along the key: ``a`` alone, one number per head."""
+        return self.a is not None and self.a.ndim == 3
+
+    @property
+    def structure(self) -> str:
+        """Which case of the equation this is, in words: how the state decays and whether it is erased."""
+        decay = {3: "head", 4: "key", 5: "entry"}[self.log_decay.ndim]
+        erase = ", delta rule" if self.delta_rule else ", erase term" if self.erases else ""
+        return f"decay per {decay}{erase}"
+
+    def erase_vectors(self) -> tuple[Tensor, Tensor] | None:
+        """:math:`a_t` and :math:`b_t`, each (batch, time, heads, key); None where nothing is erased."""
+        if self.a is None:
+            return None
+        if self.b is not None:
+            return self.a, self.b
+        if self.log_decay.ndim == 5:
+            raise ValueError(
+                "log_decay has a number for every entry; the delta rule's erase term has no b then"
+            )
+        k = self.k.repeat_interleave(self.heads // self.groups, 2)
+        decay = self.log_decay.exp()
+        return self.a[..., None] * k, (decay[..., None] if self.scalar_decay else decay) * k
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is present, by field name."""

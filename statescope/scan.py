@@ -12,7 +12,7 @@ from statescope.kernels.interface import Kernel, ScanOutput, Steps
 from statescope.kernels.loss import token_loss
 from statescope.recurrence import Recurrence
 
-__all__ = ["BACKENDS", "Kernel", "ScanOutput", "Steps", "choose", "probe", "scan", "token_loss"]
+__all__ = ["BACKENDS", "Kernel", "ScanOutput", "Steps", "choose", "probe", "scan", "token_loss", "transition"]
 
 BACKENDS = ("fused", "chunked", "reference")
 """Kernels by name, the preferred first: Triton on a GPU, torch, float64 token by token."""
@@ -71,12 +71,19 @@ def scan(
 
 
 def probe(
-    recurrence: Recurrence, state: Tensor, log_decay_after: Tensor | None = None
+    recurrence: Recurrence, state: Tensor, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attribute the state at a probe to earlier writes; see :func:`statescope.kernels.chunked.probe`."""
     from statescope.kernels import chunked
 
-    return chunked.probe(recurrence, state, log_decay_after)
+    return chunked.probe(recurrence, state, after)
+
+
+def transition(recurrence: Recurrence) -> Tensor:
+    """How a recurrence that erases maps the state; see :func:`statescope.kernels.chunked.transition`."""
+    from statescope.kernels import chunked
+
+    return chunked.transition(recurrence)
 
 
 def _kernel(name: str) -> Kernel:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from statescope import caches, record
 from statescope.capture import mixers
-from statescope.carry import Carry
+from statescope.carry import AHEAD, Carry
 from statescope.memory import MemoryRecord
 from statescope.models import resolve
 from statescope.plan import Plan
@@ -202,7 +202,8 @@ def _read_ahead(plan: Plan, reader: Reader, tokens: int, bar: Any) -> Carry:
         reader.read_ahead(ahead, stop)
         bar.update((min(stop, tokens) - start) * len(plan.ids))
     carry = Carry.fresh(plan.model)
-    carry.probe_states, carry.probe_decays = ahead.probe_states, ahead.probe_decays
+    for name in AHEAD:
+        setattr(carry, name, getattr(ahead, name))
     return carry
 
 

@@ -17,6 +17,10 @@ from statescope.kernels.interface import Steps
 class Probes:
     """Positions whose state is attributed to the tokens that made it.
 
+    Where a model erases (the delta rule), what survives is counted of the value each token was given; what it
+    erased is missing from the tokens before it. So the shares sum to 1 there too, and the contribution of the
+    last token is the norm of its value as written, not ``write_norm``, which is that of the correction.
+
     Parameters
     ----------
     positions : sequence of int

@@ -24,8 +24,8 @@ from zarr.storage import MemoryStore
 import statescope
 from statescope import layout, recorder
 from statescope.capture import mixers
-from statescope.carry import Carry
-from statescope.reader import Reader
+from statescope.carry import AHEAD, Carry
+from statescope.reader import Reader, survey
 from statescope.store import RecordWriter
 from statescope.watch import Watch
 
@@ -340,7 +340,7 @@ def reader_of(model: nn.Module, text: torch.Tensor) -> Reader:
     watch = Watch.resolve(
         tokens=text.shape[1],
         model_layers=tuple(mixers(model)),
-        model_heads=4,
+        model_heads=survey(model, text, "chunked").heads,
         snapshots=[60],
         probes=[20, 60],
     )
@@ -369,7 +369,8 @@ def test_carry_round_trip(family: str, position: int, dtype: torch.dtype) -> Non
     ahead = Carry.fresh(model)
     with reader.attached():
         reader.read_ahead(ahead, 70)
-    carry.probe_states, carry.probe_decays = ahead.probe_states, ahead.probe_decays
+    for name in AHEAD:
+        setattr(carry, name, getattr(ahead, name))
     if position:
         with reader.attached():
             reader.read(carry, position, Collected())

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from statescope.measured import STEPS, Measured, Suspect
 
@@ -29,6 +30,42 @@ _MAMBA = {
     "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }
+
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+}
+_LATENT = {
+    "layer_types": _DELTA["layer_types"],
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_EXPERTS = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
+_MAMBA_1 = {"num_hidden_layers": 3, "state_size": 8, "expand": 4, "time_step_rank": 4}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "mamba2": {
@@ -94,6 +131,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_mem_blocks": 1,
         "use_shared_attention_adapter": False,
     },
+    "mamba": _MAMBA_1,
+    "falcon_mamba": _MAMBA_1,
+    "jamba": {
+        **_ATTENTION,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 1,
+        "intermediate_size": 48,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+        "mamba_expand": 4,
+        "mamba_dt_rank": 4,
+    },
+    "qwen3_next": {**_ATTENTION, **_DELTA, **_EXPERTS},
+    "qwen3_5_text": {**_ATTENTION, **_DELTA},
+    "qwen3_5_moe_text": {**_ATTENTION, **_DELTA, **_EXPERTS},
+    "kimi_linear": {**_LATENT, "linear_num_heads": 4, "linear_head_dim": 16},
+    "bailing_hybrid": {**_LATENT, "head_dim": 16, "num_mtp_layers": 0, "kda_lower_bound": -0.2},
+    "olmo_hybrid": {**_ATTENTION, **_DELTA, "linear_num_key_heads": 4},
 }
 """Settings by model type; every hybrid has an attention layer."""
 
@@ -104,10 +161,33 @@ RECURRENT_LAYERS = {
     "nemotron_h": [0, 2],
     "falcon_h1": [0, 1, 2],
     "zamba2": [0, 1, 2, 3, 4],
+    "mamba": [0, 1, 2],
+    "falcon_mamba": [0, 1, 2],
+    "jamba": [0, 2, 3],
+    "qwen3_next": [0, 2, 3],
+    "qwen3_5_text": [0, 2, 3],
+    "qwen3_5_moe_text": [0, 2, 3],
+    "kimi_linear": [0, 2, 3],
+    "bailing_hybrid": [0, 2, 3],
+    "olmo_hybrid": [0, 2, 3],
 }
 """Depths at which a state sits."""
 
-FAMILIES = tuple(CONFIGS)
+DELTA_RULE = (
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "olmo_hybrid",
+    "kimi_linear",
+    "bailing_hybrid",
+)
+"""Families that erase."""
+
+MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
+"""Families whose own continuation of a text, by more than one token, loses the state."""
+
+FAMILIES = tuple(family for family in CONFIGS if family in CONFIG_MAPPING_NAMES)
+"""What the installed transformers has: bailing_hybrid came after 5.17."""
 
 
 def config(family: str, **changes: Any) -> Any:
@@ -127,7 +207,17 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:
                 parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
+            if family in DELTA_RULE and name.endswith("A_log"):
+                parameter.uniform_(-4, -1)  # as drawn, a state is forgotten within a token
     return model
+
+
+def cached_state(family: str, cache: Any, layer: int) -> torch.Tensor:
+    """The state a model keeps, (batch, heads, key, value)."""
+    state: torch.Tensor = cache.layers[layer].recurrent_states[0]
+    if family in MAMBA_1:  # by channel, of which up to 64 make a head
+        state = state.unflatten(1, (-1, 64))
+    return state if family in DELTA_RULE else state.transpose(-2, -1)
 
 
 def ids(tokens: int, sequences: int = 1, seed: int = 0) -> torch.Tensor:

@@ -4,10 +4,25 @@ An adapter knows the *name* of a function that modeling code calls and nothing a
 architecture is supported as soon as its modeling module calls a function of a known signature.
 """
 
+from statescope.adapters.gated_delta import CHUNK_RULE, RECURRENT_RULE
 from statescope.adapters.interface import Adapter, Call
+from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
+from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
 
-ADAPTERS: dict[str, Adapter] = {a.function: a for a in (CHUNK_SCAN, STATE_UPDATE, CHUNK_SCAN_COMBINED)}
+_ALL = (
+    CHUNK_SCAN,
+    STATE_UPDATE,
+    CHUNK_SCAN_COMBINED,
+    SELECTIVE_SCAN,
+    SELECTIVE_UPDATE,
+    CHUNK_RULE,
+    RECURRENT_RULE,
+    CHUNK_KDA,
+    RECURRENT_KDA,
+)
+
+ADAPTERS: dict[str, Adapter] = {adapter.function: adapter for adapter in _ALL}
 """Adapters by the name of the function they read."""
 
 __all__ = ["ADAPTERS", "Adapter", "Call"]

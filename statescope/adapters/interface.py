@@ -21,10 +21,14 @@ class Call:
     answer : callable
         Turns the output of our scan into what the model's function would have returned, side effects
         (a state updated in place) included.
+    complete : callable, optional
+        Adds what an initial state does to what the model's function returned, where the function is not
+        told of it (:attr:`Adapter.forgets`); None where there is nothing to add.
     """
 
     recurrence: Recurrence
     answer: Callable[[ScanOutput], Any]
+    complete: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,13 @@ class Adapter:
         ``read(mirror_dtype, *args, **kwargs) -> Call``. ``mirror_dtype`` tells that the model's own
         scan does its elementwise arithmetic in the model's dtype (transformers' torch path) rather
         than in float32 (fused kernels).
+    forgets : bool
+        Whether the function begins with an empty state even where the model's cache holds one; ``read`` is
+        then given that state as ``entering``.
     """
 
     function: str
     signature: str
     models: tuple[str, ...]
     read: Callable[..., Call]
+    forgets: bool = False

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from statescope.kernels import chunked, reference
+from statescope.kernels import chunked, reference, stepped
 from statescope.kernels.interface import ScanOutput, Steps
 from statescope.recurrence import Recurrence
 
-STRUCTURES = ("scalar", "per_key", "erase", "per_key_erase")
+STRUCTURES = ("scalar", "per_key", "per_entry", "delta", "erase", "per_key_erase", "per_key_delta")
 LENGTHS = (1, 63, 64, 65, 1000)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 """Of chunks against stepping on the same (rounded) inputs, over the root mean square of the truth."""
@@ -39,17 +39,19 @@ def draw(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     per_head = (batch, time, heads)
-    gate = normal(*per_head, key) if structure.startswith("per_key") else normal(*per_head)
+    own = {"per_key": (key,), "per_entry": (key, value)}
+    gate = normal(*per_head, *next((size for name, size in own.items() if structure.startswith(name)), ()))
     unit = torch.nn.functional.normalize(normal(*per_head, key), dim=-1)
     beta = normal(*per_head).sigmoid()[..., None]
-    erases = structure.endswith("erase")
+    erases, delta = structure.endswith("erase"), structure.endswith("delta")
+    k = normal(batch, time, groups, key)
     r = Recurrence(
         q=normal(batch, time, groups, key),
-        k=normal(batch, time, groups, key),
+        k=torch.nn.functional.normalize(k, dim=-1) if delta else k,
         v=normal(*per_head, value),
         log_decay=-torch.nn.functional.softplus(gate - 2),
         write_scale=normal(*per_head).exp(),
-        a=-beta * unit if erases else None,
+        a=-2 * beta[..., 0] if delta else -beta * unit if erases else None,
         b=unit if erases else None,
         initial_state=normal(batch, heads, key, value) if initial else None,
         skip=normal(heads),
@@ -86,7 +88,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("time", LENGTHS)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_chunks_match_stepping(structure: str, time: int, initial: bool, dtype: torch.dtype) -> None:
-    if structure != "scalar" and (time == 1000 or dtype == torch.bfloat16):
+    if structure.endswith("erase") and (time == 1000 or dtype == torch.bfloat16):
         time = min(time, 65)  # stepped by both; what is left to differ shows at any length
     r = draw(structure, time, initial, dtype)
     positions = sorted({0, time // 2, time - 1})
@@ -123,6 +125,39 @@ def test_longer_than_a_block() -> None:
     positions = (3, block - 1, block, block + 69)
     got, want = (kernel.scan(r, positions=positions) for kernel in (chunked, reference))
     assert_close(fields(got), fields(want), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("structure", ["per_key", "per_entry"])
+def test_stepped_in_blocks(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = draw(structure, 70, initial=True)
+    whole, kept = chunked.scan(r), chunked.probe(r, r.initial_state)
+    monkeypatch.setitem(stepped.ENTRIES, "cpu", 16 * r.batch * r.heads * r.key * r.value)
+    positions = (3, 15, 16, 69)
+    assert_close(
+        fields(chunked.scan(r, positions=positions)), fields(reference.scan(r, positions=positions)), 1e-12
+    )
+    assert torch.equal(chunked.scan(r).final_state, whole.final_state)
+    for got, want in zip(chunked.probe(r, r.initial_state), kept, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("structure", ["delta", "per_key_delta"])
+def test_delta_rule_is_its_vectors(structure: str) -> None:
+    """The short form of the erase term, and the paper's: forget, then correct what the key reads."""
+    r = draw(structure, 40, initial=True)
+    a, b = r.erase_vectors()
+    want = fields(reference.scan(r))
+    assert_close(fields(reference.scan(r.replace(a=a, b=b))), want, 1e-14)
+    beta = torch.rand(2, 40, 6, dtype=torch.float64)
+    gated = r.replace(write_scale=beta, a=-beta)
+    state, k = r.initial_state, r.k.repeat_interleave(2, 2)
+    for t in range(40):
+        decay = r.log_decay[:, t].exp()
+        state = state * decay.reshape(*decay.shape, *(1,) * (4 - decay.ndim))
+        error = r.v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
+    for kernel in (reference, chunked):
+        torch.testing.assert_close(kernel.scan(gated).final_state, state)
 
 
 def test_parts_on_request() -> None:
@@ -197,8 +232,8 @@ def test_norm_budget(structure: str) -> None:
     output = reference.scan(r, positions=range(40))
     s = output.steps
     before = torch.cat([r.initial_state[:, None], output.states[:, :-1]], 1)
-    decay = r.log_decay.exp() if r.per_key_decay else r.log_decay.exp()[..., None]
-    old = (decay[..., None] * before).norm(dim=(-2, -1))
+    decay = r.log_decay.exp()
+    old = (decay.reshape(*decay.shape, *(1,) * (5 - decay.ndim)) * before).norm(dim=(-2, -1))
     budget = old**2 + 2 * s.write_overlap * old * s.write_norm + s.write_norm**2
     torch.testing.assert_close(s.state_norm**2, budget)
     torch.testing.assert_close(s.state_norm, output.states.norm(dim=(-2, -1)))
@@ -215,7 +250,7 @@ def test_norm_budget(structure: str) -> None:
     seed=st.integers(0, 99),
 )
 def test_splitting_changes_nothing(structure: str, time: int, cut: float, seed: int) -> None:
-    r = draw(structure, time if structure == "scalar" else min(time, 40), True, seed=seed)
+    r = draw(structure, min(time, 40) if structure.endswith("erase") else time, True, seed=seed)
     at = max(1, int(cut * r.time))
     whole = chunked.scan(r)
     first = chunked.scan(r.between(0, at, r.initial_state))
@@ -233,8 +268,28 @@ def test_splitting_changes_nothing(structure: str, time: int, cut: float, seed: 
 def test_shares_sum_to_one(structure: str, seed: int) -> None:
     r = draw(structure, 40, initial=True, seed=seed)
     state = reference.scan(r, measure=False).final_state
-    _, share, before = reference.probe(r, state)
-    torch.testing.assert_close(share.sum(1) + before, torch.ones_like(before), rtol=1e-9, atol=1e-9)
+    for kernel in (reference, chunked):
+        _, share, before = kernel.probe(r, state)
+        torch.testing.assert_close(share.sum(1) + before, torch.ones_like(before), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(structure=st.sampled_from(STRUCTURES), time=st.integers(2, 150), cut=st.floats(0.01, 0.99))
+def test_probe_in_parts(structure: str, time: int, cut: float) -> None:
+    """Attributed stretch by stretch, with what happens after each, everything is as in one."""
+    r = draw(structure, min(time, 40) if structure.endswith("erase") else time, initial=True)
+    at = min(max(1, int(cut * r.time)), r.time - 1)
+    state = chunked.scan(r, measure=False).final_state
+    middle = chunked.scan(r.between(0, at, r.initial_state), measure=False).final_state
+    late = r.between(at, r.time, middle)
+    after = chunked.transition(late) if r.erases else late.log_decay.sum(1)
+    early = chunked.probe(r.between(0, at, r.initial_state), state, after)
+    rest = chunked.probe(late, state)
+    whole = chunked.probe(r, state)
+    for i in (0, 1):
+        torch.testing.assert_close(torch.cat([early[i], rest[i]], 1), whole[i], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(early[2], whole[2], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(rest[2], early[1].sum(1) + early[2], rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=10, deadline=None)
@@ -258,6 +313,9 @@ def test_heads_permute(order: list[int]) -> None:
         ({"log_decay": torch.zeros(2, 65, 5)}, "log_decay has shape"),
         ({"write_scale": torch.zeros(2, 65)}, "write_scale has shape"),
         ({"a": torch.zeros(2, 65, 6, 5)}, "both a and b"),
+        ({"a": torch.zeros(2, 65, 5)}, "a has shape"),
+        ({"a": torch.zeros(2, 65, 6), "b": torch.zeros(2, 65, 6, 5)}, "b must be None"),
+        ({"log_decay": torch.zeros(2, 65, 6, 5, 6)}, "log_decay has shape"),
         ({"initial_state": torch.zeros(2, 6, 7, 5)}, "initial_state has shape"),
         ({"skip": torch.zeros(5)}, "skip has shape"),
         ({"q": torch.zeros(2, 65, 3, 5, dtype=torch.int64)}, "q has dtype"),
