@@ -1,0 +1,27 @@
+"""Figures that a paper would print: labelled data in, matplotlib figures out (needs seaborn).
+
+Every figure reads in black and white as well: curves differ by line, marks by shape, colour maps by
+lightness. None is left open in pyplot.
+"""
+
+from statescope.analyses.plots.decay import decay_figure, retention_figure
+from statescope.analyses.plots.failure import failure_figure
+from statescope.analyses.plots.loss import loss_figure
+from statescope.analyses.plots.overload import overload_figure
+from statescope.analyses.plots.passkey import PasskeyPanel, passkey_figure, passkey_map
+from statescope.analyses.plots.state import rank_figure, state_figure
+from statescope.analyses.plots.strip import token_strip
+
+__all__ = [
+    "PasskeyPanel",
+    "decay_figure",
+    "failure_figure",
+    "loss_figure",
+    "overload_figure",
+    "passkey_figure",
+    "passkey_map",
+    "rank_figure",
+    "retention_figure",
+    "state_figure",
+    "token_strip",
+]
