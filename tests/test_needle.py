@@ -14,7 +14,7 @@ from statescope.analyses.needle import MEASURES, SMALLEST, needle_measures
 
 SEQUENCES, LAYERS, TOKENS, HEADS, KEY, VALUE = 2, 2, 40, 3, 4, 5
 STARTS, STOPS = [3, 20], [9, 31]
-WATCH = json.dumps({"window": 1})
+ATTRIBUTES = {"train_length": 25, "tokens": TOKENS, "watch": json.dumps({"window": 1, "reach": TOKENS})}
 
 
 def build(rng: np.random.Generator, decay: float = 0.2) -> tuple[xr.DataTree, np.ndarray]:
@@ -46,7 +46,11 @@ def build(rng: np.random.Generator, decay: float = 0.2) -> tuple[xr.DataTree, np
     probes = xr.Dataset({"share": (("sequence", "layer", "probe", "token", "head"), share[:, :, None])}, at)
     probes = probes.assign_coords(probe=[TOKENS - 1])
     record = xr.DataTree.from_dict(
-        {"/": xr.Dataset(attrs={"train_length": 25, "watch": WATCH}), "steps": steps, "probes": probes}
+        {
+            "/": xr.Dataset(attrs=ATTRIBUTES),
+            "steps": steps,
+            "probes": probes,
+        }
     )
     return record, survives
 

@@ -22,12 +22,7 @@ from torch import nn
 from zarr.storage import MemoryStore
 
 import statescope
-<<<<<<< HEAD
-from statescope import layout
-=======
-from statescope import recorder
-from statescope import store as store_module
->>>>>>> notebooks
+from statescope import layout, recorder
 from statescope.capture import mixers
 from statescope.carry import Carry
 from statescope.reader import Reader
@@ -254,7 +249,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_a_commit_does_not_wait_for_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much may be on its way, what was read is soon safe."""
     monkeypatch.setattr(recorder, "IN_FLIGHT", 1000)
-    monkeypatch.setattr(store_module, "SHARD_TOKENS", 32)
+    monkeypatch.setattr(layout, "SHARD_TOKENS", 32)
     model, place = build("mamba2"), tmp_path / "run.zarr"
 
     def press_stop(reader: Reader, carry: Carry, *rest: Any) -> None:
