@@ -437,7 +437,7 @@ def beside_mamba_ssm(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = os.pathsep.join([str(folder), str(Path(__file__).parent), *sys.path])
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(result)],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},  # threads sum in another order
         check=True,
     )
     return str(result)

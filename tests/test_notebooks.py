@@ -77,7 +77,8 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", path)  # the kernel imports what the tests do
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("TRITON_INTERPRET", "MPLBACKEND"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_there_are_five() -> None:

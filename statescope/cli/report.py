@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +31,9 @@ def report(
         missing = [name for name in ("jinja2", "seaborn") if find_spec(name) is None]
         if missing:
             raise ValueError(f"report needs {missing[0]}: pip install 'statescope-ssm[plots]'")
-        os.environ.setdefault("MPLBACKEND", "Agg")
+        import matplotlib
+
+        matplotlib.use("Agg")
         from statescope.report.page import write_report
 
         page = output or Path(f"report.{format or 'html'}")
