@@ -97,7 +97,10 @@ def token_strip(
             f"state at token {at:,}, layer {layer}, head {head}; below: tokens {first:,} to {stop - 1:,}"
         )
         colours = _draw_text(axes[1, 0], words, places, lines, values[slice(*shown)], quantity)
-        bar = figure.colorbar(colours, ax=axes[1, 0], location="bottom", aspect=60, shrink=0.6, pad=0.01)
+        bar = figure.colorbar(
+            colours, ax=axes[1, 0], location="bottom", aspect=60, shrink=0.6, pad=0.01,
+            extend="both" if quantity == "share" else "max",  # one token may hold nearly everything
+        )  # fmt: skip
         bar.set_label(
             "share of the state's energy (%), negative ones hatched"
             if quantity == "share"
