@@ -142,9 +142,8 @@ class Reader:
 
     def _forward(self, carry: Carry, stop: int, handler: Handler) -> tuple[Tensor, Tensor]:
         """Return logits and what they predict, the token after the segment included if there is one."""
-        ids = self.ids[:, carry.position : stop + 1].to(
-            self.device
-        )  # now: later it would wait for the device
+        # The targets come along now: fetched later, they would wait for the device.
+        ids = self.ids[:, carry.position : stop + 1].to(self.device)
         read = ids[:, : stop - carry.position]
         inputs = caches.inputs(self.model, carry.cache, carry.position, read)
         self._handler = handler

@@ -166,8 +166,7 @@ class Recorder:
         self._open()  # all of the interval is launched; left until buffers run out, nothing would be safe
         now, former = self._now, self._last_commit
         waiting = [*now.writes] if former is None else [former, *now.writes]
-        with self._beside():
-            now.suspects = self._suspects_to_host(now.suspects)
+        now.suspects = self._suspects_to_host(now.suspects)
         arrived = self._arrival()
 
         def work() -> None:
@@ -256,8 +255,12 @@ class Recorder:
         return target
 
     def _suspects_to_host(self, found: list[tuple[int, int, Suspect]]) -> list[tuple[int, int, Suspect]]:
-        tokens = self._to_host(torch.stack([x.token for _, _, x in found]))
-        values = self._to_host(torch.cat([x.values.flatten() for _, _, x in found]))
+        joined = (
+            torch.stack([x.token for _, _, x in found]),
+            torch.cat([x.values.flatten() for _, _, x in found]),
+        )
+        with self._beside():  # joined before: what is joined is freed in the order of the computation
+            tokens, values = map(self._to_host, joined)
         split = values.split([x.values.numel() for _, _, x in found])
         return [
             (start, row, Suspect(token, part.view(x.values.shape)))

@@ -38,6 +38,10 @@ WATCHED: dict[str, Any] = {"snapshots": [0, 32, -1], "probes": [20, 60]}
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
+ROUNDING = {("granitemoehybrid", 1): 2e-5, **{("olmo_hybrid", segment): 2.5e-5 for segment in (1, 7, 33)}}
+"""Largest error of any entry where it may be above 1e-5: on some CPUs granite's own products, two tokens at a
+time, leave one entry of a snapshot 1.2e-5 off; olmo's, whose delta rule amplifies what is rounded, 1.8e-5."""
+
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, nn.Module]:
@@ -194,8 +198,8 @@ def test_segments_change_nothing(family: str, model: nn.Module) -> None:
     share = whole["probes"].share.sum("token") + whole["probes"].share_before
     np.testing.assert_allclose(share, 1, atol=1e-5)
     for segment in (1, 7, 33):
-        # the largest error of any entry; root mean squares are held to 1e-5 in test_segments.py
-        assert_close(statescope.trace(model, TEXT, segment=segment, **WATCHED), whole, rtol=3e-5)
+        rtol = ROUNDING.get((family, segment), 1e-5)
+        assert_close(statescope.trace(model, TEXT, segment=segment, **WATCHED), whole, rtol=rtol)
 
 
 def test_lost_state_is_found(family: str, model: nn.Module) -> None:

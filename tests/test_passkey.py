@@ -36,7 +36,7 @@ MEASURED = {
 }
 """Accuracy by depth, 32 prompts each, book text as the haystack."""
 
-PROMPTS = 8
+PROMPTS = 16
 
 
 @pytest.fixture(scope="module")
