@@ -172,3 +172,46 @@ def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         fused.scan(r.replace(log_decay=per_key))
     monkeypatch.setattr(fused, "_interpreted", lambda: False)
     assert "not on a GPU" in fused.supports(Recurrence(**{n: t.cpu() for n, t in r.tensors().items()}))
+
+
+class Compiled:
+    """Stands for a kernel, and for what it was compiled to."""
+
+    arg_names = ("x", "y", "SIZE", "FLAG")
+
+    def __init__(self, remembers: bool = True) -> None:
+        self.remembers, self.calls = remembers, []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **constants):
+            self.calls.append((grid, arguments, constants))
+            return Compiled.again if self.remembers and constants else None
+
+        return run
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_launches_again_what_was_compiled(remembers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls alike reach what was compiled, all arguments in its order; one that is interpreted does not."""
+    from statescope.kernels import fused_kernels
+
+    first, Compiled.again = Compiled(remembers), Compiled()
+    monkeypatch.setattr(fused_kernels, "twice", first, raising=False)
+    fused._launcher.cache_clear()
+    x = torch.zeros(3, 4)
+    for _ in range(2):
+        launch = fused._Launcher.of(True, True, x, None)
+        launch("twice", (1, 1, 1), (x, 7), {"FLAG": True, "SIZE": 5}, num_warps=4)
+    named = ((1, 1, 1), (x, 7), {"FLAG": True, "SIZE": 5, "num_warps": 4})
+    if remembers:
+        assert first.calls == [named] and Compiled.again.calls == [((1, 1, 1), (x, 7, 5, True), {})]
+    else:
+        assert first.calls == [named, named]
+    launch("twice", (1, 1, 1), (x, 9), {"FLAG": True, "SIZE": 5}, keep=False)
+    assert first.calls[-1][1] == (x, 9)
+    others = (x.double(), x.T, x[:2], torch.zeros(14)[1:13].view(3, 4), x.to(torch.bfloat16))
+    launchers = {id(fused._Launcher.of(True, True, y, None)) for y in (x, *others)}
+    launchers |= {
+        id(fused._Launcher.of(*flags, x, z)) for flags, z in (((True, False), None), ((True, True), x))
+    }
+    assert len(launchers) == 8
