@@ -266,6 +266,26 @@ def test_overwrite_replaces(kind: str, model: nn.Module, tmp_path: Path) -> None
     assert set(zarr.open_group(place, mode="r")) == {"steps", "tokens"}
 
 
+def test_overwrite_that_fails_puts_the_former_record_back(model: nn.Module, tmp_path: Path) -> None:
+    """Also where the new one was laid out already."""
+    place, text = tmp_path / "run.zarr", ids(50)
+    kept = statescope.trace(model, text, store=place, snapshots=3).load()
+
+    def fail(layer: int, recurrence: Any) -> Any:
+        calls.append(layer)
+        if len(calls) > allowed:
+            raise RuntimeError("enough")
+        return recurrence
+
+    layers = kept["steps"].sizes["layer"]
+    for allowed in (1, layers - 1):
+        calls: list[int] = []
+        with pytest.raises(RuntimeError, match="enough"):
+            statescope.trace(model, text, store=place, segment=16, edit=fail, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
+        assert_identical(statescope.open(place), kept)
+
+
 def test_negative_positions(model: nn.Module) -> None:
     """Negative positions count from the end; doubles and disorder do not matter."""
     text = ids(40)
