@@ -271,17 +271,22 @@ def test_overwrite_that_fails_puts_the_former_record_back(model: nn.Module, tmp_
     place, text = tmp_path / "run.zarr", ids(50)
     kept = statescope.trace(model, text, store=place, snapshots=3).load()
 
-    def fail(layer: int, recurrence: Any) -> Any:
-        calls.append(layer)
-        if len(calls) > allowed:
-            raise RuntimeError("enough")
-        return recurrence
-
-    layers = kept["steps"].sizes["layer"]
-    for allowed in (1, layers - 1):
+    def failing_after(allowed: int) -> Any:
         calls: list[int] = []
+
+        def edit(layer: int, recurrence: Any) -> Any:
+            calls.append(layer)
+            if len(calls) > allowed:
+                raise RuntimeError("enough")
+            return recurrence
+
+        return edit
+
+    for allowed in (1, kept["steps"].sizes["layer"] - 1):
         with pytest.raises(RuntimeError, match="enough"):
-            statescope.trace(model, text, store=place, segment=16, edit=fail, overwrite=True)
+            statescope.trace(
+                model, text, store=place, segment=16, edit=failing_after(allowed), overwrite=True
+            )
         assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
         assert_identical(statescope.open(place), kept)
 
