@@ -45,7 +45,7 @@ TOOLS = ("memcheck", "racecheck")
 
 
 def run(scans: tuple[Case, ...] = SCANS) -> None:
-    """Run every scan with outputs, measurements and kept states, one with a NaN in it, and the small kernels."""
+    """Run every scan with outputs, measurements and kept states, one with a NaN, and the small kernels."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for case in scans:
         r = draw(case, device)
