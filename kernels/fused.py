@@ -40,6 +40,9 @@ from .interface import ScanOutput, Steps
 PROGRAMS = 1584
 """Most spans times heads: twelve on each of 132 multiprocessors, six rounds of two or four of three."""
 
+BULK_ROWS = 2**18
+"""Fewest tokens times heads times sequences whose tiles are copied in bulk, which the host must set up."""
+
 STATE_TILE = 1024
 """Entries of a state that one program passes on."""
 
@@ -191,7 +194,12 @@ class _Scan:
             "BF16": _half(r) and not _interpreted(),
             "PRECISION": "tf32x3" if torch.version.cuda else "ieee",
         }  # fmt: skip
-        self.bulk = _half(r) and _bulk_copies(r.v) and all(self._packed(x) for x in (self.q, self.k, self.v))
+        self.bulk = (
+            _half(r)
+            and r.batch * r.time * r.heads >= BULK_ROWS
+            and _bulk_copies(r.v)
+            and all(self._packed(x) for x in (self.q, self.k, self.v))
+        )
         self.launch = _Launcher.of(outputs, measure, *self._tensors())
         self.buffers = _Buffers.allocate(self)
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def thin_windows(
-    steps, out, TIME, HEADS, WINDOW, COUNT, BATCH, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    steps, out, TIME, HEADS, WINDOW, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Walk the tokens of one window, ``ROWS`` at a time, ``COLUMNS`` heads side by side.
 
@@ -19,7 +19,7 @@ def thin_windows(
     rows = tl.arange(0, ROWS)
     first = entry * WINDOW
     length = tl.minimum(TIME - first, WINDOW).to(tl.int32)
-    field = BATCH.to(tl.int64) * TIME * HEADS
+    field = tl.num_programs(2).to(tl.int64) * TIME * HEADS
     steps += (batch * TIME + first) * HEADS
     forgotten = tl.zeros((COLUMNS,), tl.float64)
     energy = tl.zeros((COLUMNS,), tl.float64)
@@ -41,8 +41,8 @@ def thin_windows(
     there = heads < HEADS
     last = (length - 1).to(tl.int64) * HEADS + heads
     mean = weighted / tl.where(energy == 0.0, 1.0, energy)
-    field_out = BATCH.to(tl.int64) * COUNT * HEADS
-    out += (batch * COUNT + entry) * HEADS + heads
+    field_out = tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * HEADS
+    out += (batch * tl.num_programs(0) + entry) * HEADS + heads
     tl.store(out, forgotten.to(tl.float32), mask=there)
     tl.store(out + field_out, tl.sqrt(energy).to(tl.float32), mask=there)
     tl.store(out + 2 * field_out, tl.load(steps + 2 * field + last, mask=there), mask=there)

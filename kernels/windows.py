@@ -64,7 +64,7 @@ def in_one_pass(steps: Tensor, window: int) -> Tensor:
     rows = min(64, 1 << (window - 1).bit_length())
     with torch.cuda.device(steps.device) if steps.is_cuda else contextlib.nullcontext():
         kernel[(count, -(-heads // columns), batch)](
-            steps, out, time, heads, window, count, batch, ROWS=rows, COLUMNS=columns, num_warps=4
+            steps, out, time, heads, window, ROWS=rows, COLUMNS=columns, num_warps=4
         )
     return out
 

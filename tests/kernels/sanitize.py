@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--tool", default="compute-sanitizer", help="where it is, if not on the path")
     given = parser.parse_args()
     if given.record is None:
+        fused.BULK_ROWS = 0  # so that small scans, too, are copied in bulk where they can be
         run()
     elif not record(given.record, given.tool):
         sys.exit(f"not clean: see {given.record}")

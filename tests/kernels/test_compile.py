@@ -29,6 +29,8 @@ BOUNDS = {
     "write bf16 gfx942": (128, 34_000, 0),
     "read fp32 gfx942": (512, 34_000, 64),
     "write fp32 gfx942": (128, 34_000, 0),
+    **{f"thin {target}": (160, 4096, 0) for target in ("sm_80", "sm_90", "gfx942")},
+    **{f"loss {target}": (96, 64, 0) for target in ("sm_80", "sm_90", "gfx942")},
 }
 """A change that breaks one of these costs occupancy or sends the state through memory."""
 

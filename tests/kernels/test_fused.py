@@ -30,7 +30,7 @@ SMALL = Case(72, heads=2, initial=True, dtype=torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill fresh memory with what cannot pass for a result."""
+    """Fill fresh memory with what cannot pass for a result, and copy in bulk whatever can be."""
     real = torch.empty
 
     def empty(*args: Any, **kwargs: Any) -> Tensor:
@@ -38,6 +38,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 12345)
 
     monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(fused, "BULK_ROWS", 0)
     yield
 
 
@@ -60,8 +61,10 @@ def check(r: Recurrence, got: ScanOutput, positions: Sequence[int]) -> None:
         assert relative(got.states, want.states) <= STATES[dtype]
 
 
+@pytest.mark.parametrize("bulk", [False, True] if DEVICE == "cuda" else [False])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_stepping(case: Case) -> None:
+def test_matches_stepping(case: Case, bulk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "BULK_ROWS", 0 if bulk else sys.maxsize)
     r = draw(case, DEVICE)
     positions = (case.time - 1, 0, case.time // 2)
     check(r, fused.scan(r, positions=positions), positions)
