@@ -200,7 +200,7 @@ class _Scan:
             and _bulk_copies(r.v)
             and all(self._packed(x) for x in (self.q, self.k, self.v))
         )
-        self.launch = _Launcher.of(outputs, measure, *self._tensors())
+        self.launch = _Launcher.of((outputs, measure, self.bulk, self.length), *self._tensors())
         self.buffers = _Buffers.allocate(self)
 
     def run(self, positions: Sequence[int]) -> ScanOutput:
@@ -377,11 +377,11 @@ class _Launcher:
         self._compiled: dict[str, tuple[Any, tuple[Any, ...]]] = {}
 
     @classmethod
-    def of(cls, outputs: bool, measure: bool, *tensors: Tensor | None) -> _Launcher:
+    def of(cls, choices: tuple[int, ...], *tensors: Tensor | None) -> _Launcher:
         """Return the launcher of all calls like this one."""
         alike = ((x.dtype, x.shape, x.stride(), x.data_ptr() % 16) if x is not None else x for x in tensors)
         assert tensors[0] is not None
-        return _launcher((outputs, measure, tensors[0].device, *alike))
+        return _launcher((choices, tensors[0].device, *alike))
 
     def __call__(
         self,

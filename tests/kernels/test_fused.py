@@ -203,7 +203,7 @@ def test_launches_again_what_was_compiled(remembers: bool, monkeypatch: pytest.M
     fused._launcher.cache_clear()
     x = torch.zeros(3, 4)
     for _ in range(2):
-        launch = fused._Launcher.of(True, True, x, None)
+        launch = fused._Launcher.of((1, 1), x, None)
         launch("twice", (1, 1, 1), (x, 7), {"FLAG": True, "SIZE": 5}, num_warps=4)
     named = ((1, 1, 1), (x, 7), {"FLAG": True, "SIZE": 5, "num_warps": 4})
     if remembers:
@@ -213,8 +213,6 @@ def test_launches_again_what_was_compiled(remembers: bool, monkeypatch: pytest.M
     launch("twice", (1, 1, 1), (x, 9), {"FLAG": True, "SIZE": 5}, keep=False)
     assert first.calls[-1][1] == (x, 9)
     others = (x.double(), x.T, x[:2], torch.zeros(14)[1:13].view(3, 4), x.to(torch.bfloat16))
-    launchers = {id(fused._Launcher.of(True, True, y, None)) for y in (x, *others)}
-    launchers |= {
-        id(fused._Launcher.of(*flags, x, z)) for flags, z in (((True, False), None), ((True, True), x))
-    }
+    launchers = {id(fused._Launcher.of((1, 1), y, None)) for y in (x, *others)}
+    launchers |= {id(fused._Launcher.of(choices, x, z)) for choices, z in (((1, 0), None), ((1, 1), x))}
     assert len(launchers) == 8
