@@ -98,11 +98,17 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
             home, names = _scans(mixer)  # type: ignore[misc]
             for name in names:
                 stack.enter_context(_patched(home, name, partial(_intercepting, ADAPTERS[name])))
-            if "inference_params" in inspect.signature(mixer.forward).parameters:
+            kind: Any = type(mixer)
+            if _takes_inference_params(kind):
                 stack.enter_context(_extended(mixer.get_submodule("conv1d")))
                 if getattr(home, CONVOLUTION, None) is not None:
                     stack.enter_context(_patched(home, CONVOLUTION, _extending))
         yield
+
+
+@cache
+def _takes_inference_params(kind: Any) -> bool:
+    return "inference_params" in inspect.signature(kind.forward).parameters
 
 
 @contextmanager

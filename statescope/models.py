@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from importlib.resources import files
@@ -293,15 +292,3 @@ def resolve(model: Any, device: Any = None, dtype: Any = None) -> tuple[nn.Modul
     if dtype is not None and as_dtype(dtype) != first.dtype:
         raise ValueError(f"dtype={dtype!r}, but the model is in {first.dtype}; convert it, or pass its name")
     return model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-
-
-def digest(model: nn.Module) -> str:
-    """Hash of a sample of every weight, with one transfer from the device."""
-    weights = model.state_dict()
-    samples: dict[torch.dtype, list[Tensor]] = {}
-    for w in weights.values():
-        samples.setdefault(w.dtype, []).append(w.detach().flatten()[:: max(1, w.numel() // 64)])
-    sampled = torch.cat([torch.cat(parts).double() for parts in samples.values()])
-    hashed = hashlib.sha256(sampled.cpu().numpy().tobytes())
-    hashed.update(repr([(name, tuple(w.shape), w.dtype) for name, w in weights.items()]).encode())
-    return hashed.hexdigest()

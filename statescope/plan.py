@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from statescope.layout import Layout, shard_tokens
-from statescope.models import digest, settings_of
+from statescope.models import settings_of
 from statescope.reader import Anatomy, Edit
 from statescope.schema import SCHEMA_VERSION
 from statescope.watch import Watch
@@ -81,7 +84,7 @@ class Plan:
         return {
             "schema_version": SCHEMA_VERSION,
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "statescope_version": version("statescope-ssm"),
+            "statescope_version": _version("statescope-ssm"),
             "model_id": self.model_id,
             "model_type": str(getattr(config, "model_type", type(self.model).__module__.split(".")[0])),
             "train_length": train_length,
@@ -99,10 +102,14 @@ class Plan:
             "first_nonfinite": None,
         }
 
-    def fingerprint(self) -> str:
-        """Hash of all that decides the numbers of a record."""
+    def fingerprint(self) -> Callable[[], str]:
+        """Begin to hash all that decides the numbers of a record, and return what ends it."""
+        of_weights = digest(self.model)
+        return lambda: self._fingerprint(of_weights())
+
+    def _fingerprint(self, of_weights: str) -> str:
         hashed = hashlib.sha256(self.ids.numpy().tobytes())
-        hashed.update(digest(self.model).encode())
+        hashed.update(of_weights.encode())
         settings = [
             asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
             tuple(self.ids.shape), settings_of(self.model),
@@ -111,18 +118,47 @@ class Plan:
         return hashed.hexdigest()
 
 
+def digest(model: nn.Module) -> Callable[[], str]:
+    """Begin to hash a sample of every weight, with one transfer from the device, and return what ends it."""
+    weights = model.state_dict()
+    samples: dict[torch.dtype, list[Tensor]] = {}
+    for w in weights.values():
+        samples.setdefault(w.dtype, []).append(w.detach().flatten()[:: max(1, w.numel() // 64)])
+    sampled = torch.cat([torch.cat(parts).double() for parts in samples.values()])
+    host = torch.empty(sampled.shape, dtype=sampled.dtype, pin_memory=sampled.is_cuda)
+    host.copy_(sampled, non_blocking=True)
+    arrived = torch.cuda.Event() if sampled.is_cuda else None
+    if arrived is not None:
+        arrived.record()
+
+    def end() -> str:
+        if arrived is not None:
+            arrived.synchronize()
+        hashed = hashlib.sha256(host.numpy().tobytes())
+        hashed.update(repr([(name, tuple(w.shape), w.dtype) for name, w in weights.items()]).encode())
+        return hashed.hexdigest()
+
+    return end
+
+
 def _name_of(function: Any) -> str | None:
     if function is None:
         return None
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
 
 
+@functools.cache
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "triton", "mamba-ssm", "numpy", "zarr", "zarrs", "xarray"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        if (known := _version(name)) is not None:
+            found[name] = known
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -266,8 +266,17 @@ def as_place(store: Any) -> Path | Store:
     return Path(store)
 
 
-def claim(store: Path | Store, fingerprint: str, overwrite: bool) -> zarr.Group | None:
+def claim(store: Path | Store, fingerprint: Callable[[], str], overwrite: bool) -> zarr.Group | None:
     """Decide what to do with a place before anything is run.
+
+    Parameters
+    ----------
+    store : Path or zarr store
+        The place.
+    fingerprint : callable
+        Says what decides the numbers; it waits for the device, and is asked only where something is there.
+    overwrite : bool
+        Whether a record that is there may be replaced.
 
     Returns
     -------
@@ -299,7 +308,7 @@ def claim(store: Path | Store, fingerprint: str, overwrite: bool) -> zarr.Group 
             f"store={str(store)!r} holds a finished record; read it with statescope.open,"
             " name another place or pass overwrite=True"
         )
-    if attributes.get("fingerprint") != fingerprint or attributes["schema_version"] != SCHEMA_VERSION:
+    if attributes.get("fingerprint") != fingerprint() or attributes["schema_version"] != SCHEMA_VERSION:
         raise FileExistsError(
             f"store={str(store)!r} holds an interrupted record of another model, text or choice of what to"
             " keep; repeat that call to finish it, name another place or pass overwrite=True"

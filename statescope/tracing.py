@@ -152,13 +152,14 @@ def trace(
     groups: dict[str, xr.Dataset] = {}
 
     def open_writer() -> RecordWriter:
-        attributes = {**plan.attributes(), "fingerprint": fingerprint}
-        writer = resumed or RecordWriter.create(place, plan.layout, attributes, ids.numpy())
+        attributes = {**plan.attributes(), "fingerprint": fingerprint()}
+        return resumed or RecordWriter.create(place, plan.layout, attributes, ids.numpy())
+
+    def while_writing() -> None:
         groups.update(record.open_groups(place))
-        return writer
 
     kept = None if resumed is None else resumed.read_carry()
-    attributes = _run(plan, open_writer, progress, on_disk=True, kept=kept)
+    attributes = _run(plan, open_writer, progress, while_writing, on_disk=True, kept=kept)
     _warn_of_nonfinite(attributes)
     return record.assemble(groups, attributes)
 
@@ -167,6 +168,7 @@ def _run(
     plan: Plan,
     open_writer: Callable[[], Writer],
     progress: bool | None,
+    while_writing: Callable[[], None] = lambda: None,
     on_disk: bool = False,
     kept: bytes | None = None,
 ) -> dict[str, Any]:
@@ -192,6 +194,7 @@ def _run(
                     reader.read(carry, plan.stop_after(start), recorder)
                     bar.update((carry.position - start) * len(plan.ids))
                 recorder.commit(None if end == tokens else carry.freeze() if on_disk else bytes)
+            while_writing()
         return recorder.writer.attributes
 
 

@@ -25,7 +25,8 @@ from statescope.capture import capture, mixers
 from statescope.carry import Carry
 from statescope.experiments.answers import Answers, place_of
 from statescope.experiments.prompts import DIGITS, Haystack, Prompt
-from statescope.models import digest, resolve
+from statescope.models import resolve
+from statescope.plan import digest
 from statescope.scan import scan
 from statescope.tokens import find_tokenizer
 
@@ -112,7 +113,7 @@ def passkey(
             hay.hide(length, depth, 0)
     header = {
         "model_id": model_id,
-        "weights": digest(model),
+        "weights": digest(model)(),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "train_length": getattr(model.config, "train_length", None),
         "layers": list(mixers(model)),
