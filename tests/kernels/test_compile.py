@@ -21,14 +21,20 @@ BOUNDS = {
     "write bf16 sm_90": (168, 76_500, 64),  # three
     "read fp32 sm_90": (255, 34_000, 1600),
     "write fp32 sm_90": (168, 34_000, 0),
+    "invert sm_90": (255, 8_500, 0),
+    "correct sm_90": (255, 38_000, 64),
     "read bf16 sm_80": (255, 48_000, 64),
     "write bf16 sm_80": (168, 48_000, 0),
     "read fp32 sm_80": (255, 34_000, 1600),
     "write fp32 sm_80": (168, 34_000, 0),
+    "invert sm_80": (255, 8_500, 0),
+    "correct sm_80": (255, 38_000, 0),
     "read bf16 gfx942": (256, 34_000, 1024),
     "write bf16 gfx942": (128, 34_000, 0),
     "read fp32 gfx942": (512, 34_000, 64),
     "write fp32 gfx942": (128, 34_000, 0),
+    "invert gfx942": (256, 8_500, 0),
+    "correct gfx942": (256, 34_000, 0),
 }
 """A change that breaks one of these costs occupancy or sends the state through memory."""
 
