@@ -1,4 +1,4 @@
-r"""The recurrence in fused matrix products (Triton), for one decay per head, and for the delta rule.
+r"""The recurrence in fused matrix products (Triton), and the door to those for other structures.
 
 The algebra is that of :mod:`statescope.kernels.chunked`. What differs is where things live: a program
 walks a *span* of chunks with the state in registers, so only the states between spans pass through
@@ -13,7 +13,9 @@ the inputs lie column by column):
 6. ``measure_steps``: norms and means by scalar recurrences inside each chunk, from what the walks carried to
    it; the walks start from the states of step 3, so that no error builds up from span to span.
 
-The delta rule is brought to this form by :mod:`statescope.kernels.fused_delta`, in float32.
+This is for one decay per head. The delta rule is brought to this form by
+:mod:`statescope.kernels.fused_delta`; decay per key, with it or without, is for
+:mod:`statescope.kernels.fused_keyed`.
 
 With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, a token moves ``6 h v`` bytes of values and
 outputs (values are read twice) and about ``60 h`` of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))``
@@ -36,7 +38,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from . import fused_delta
+from . import fused_delta, fused_keyed
 from .interface import ScanOutput, Steps
 
 PROGRAMS = 1584
@@ -50,8 +52,8 @@ def supports(recurrence: Recurrence) -> str | None:
     """Return None if the kernel serves this recurrence, else the reason why not."""
     if not _installed():
         return "triton is not installed"
-    if not recurrence.scalar_decay:
-        return "the decay is per key or per entry"
+    if recurrence.log_decay.ndim == 5:
+        return "the decay is per entry"
     if recurrence.erases and not recurrence.delta_rule:
         return "the recurrence has an erase term other than the delta rule's"
     if not (recurrence.v.is_cuda or _interpreted()):
@@ -99,6 +101,9 @@ def scan(
     if not all(0 <= p < recurrence.time for p in positions):
         raise ValueError(f"positions {list(positions)} do not all lie in 0 to {recurrence.time - 1}")
     with torch.cuda.device(recurrence.v.device) if recurrence.v.is_cuda else contextlib.nullcontext():
+        if not recurrence.scalar_decay:
+            q, k, v = (_by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
+            return fused_keyed.scan(recurrence, q, k, v, outputs, measure, positions)
         if recurrence.delta_rule:
             return _erasing(recurrence, outputs, measure, positions)
         return _Scan(recurrence).run(outputs, measure, positions)

@@ -129,9 +129,9 @@ def correct(
     a += batch * a_b + head * a_h
     values += (batch * TIME * HEADS + head) * VALUE
     # A state that enters with a NaN in it is stepped from the start.
-    found = TIME
+    found = tl.zeros((), tl.int32) + TIME
     if tl.min((tl.abs(state) < float("inf")).to(tl.int32)) == 0:
-        found = 0
+        found = tl.zeros((), tl.int32)
         tl.store(entered + at, state, mask=inside)
     first = tl.zeros((), tl.int64)
     for _ in tl.range(0, tl.cdiv(TIME, L), num_stages=STAGES):

@@ -17,10 +17,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from statescope.kernels import fused, fused_delta, fused_delta_kernels, fused_kernels
+from statescope.kernels import (
+    fused,
+    fused_delta,
+    fused_delta_kernels,
+    fused_kernels,
+    fused_keyed,
+    fused_keyed_kernels,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-INTEGERS = {"TIME": "i32", "PADDED": "i32", "CHUNKS": "i32", "LENGTH": "i32", "SPANS": "i32", "BATCH": "i32"}
+INTEGERS = {
+    "KEPT": "i32",
+    "TIME": "i32",
+    "PADDED": "i32",
+    "CHUNKS": "i32",
+    "LENGTH": "i32",
+    "SPANS": "i32",
+    "BATCH": "i32",
+}
 HEADS = {"HEADS": 80, "GROUPS": 1, "KEY": 128, "VALUE": 64}
 
 
@@ -35,12 +50,12 @@ def source(kernel: Any, tiling: fused.Tiling, dtype: str, bulk: bool, **constant
             signature[argument] = "constexpr"
         elif argument in shapes and bulk:
             signature[argument] = f"tensordesc<{dtype}[{tiling.chunk}, {shapes[argument]}]>"
-        elif argument in INTEGERS or re.fullmatch("[qkva]_[btgh]", argument):
+        elif argument in INTEGERS or re.fullmatch("[qkvagw]_[btghk]", argument):
             signature[argument] = "i32"
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
-            kinds = {"spoiled": "*i32"} | dict.fromkeys(shapes, f"*{dtype}")
+            kinds = {"spoiled": "*i32", "slots": "*i32"} | dict.fromkeys(shapes, f"*{dtype}")
             signature[argument] = kinds.get(argument, "*fp32")
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -83,6 +98,13 @@ def main() -> None:
                 described = source(kernel, tiling, dtype, bulk, **common, **constants, STAGES=stages)
                 compiled = triton.compile(described, target=where, options=options)
                 results[f"{label} {dtype} {target}"] = usage(compiled, backend)
+        keyed = read | {"DELTA": True, "KEEP": False, "HAS_INITIAL": True, "HAS_SCALE": True}
+        keyed |= {"BV": fused_keyed.COLUMNS, "SLICE": fused_keyed.SLICE}
+        for label, warps in (("relate", 2), ("walk", 4)):
+            kernel = getattr(fused_keyed_kernels, label)
+            described = source(kernel, tiling, "fp32", False, **common, **keyed)
+            compiled = triton.compile(described, target=where, options={"num_warps": warps})
+            results[f"{label} {target}"] = usage(compiled, backend)
         delta = {"L": fused_delta.CHUNK, "BV": fused_delta.COLUMNS, "STAGES": 1, "HAS_INITIAL": True}
         for label, warps in (("invert", 1), ("correct", fused_delta.WARPS)):
             kernel = getattr(fused_delta_kernels, label)
