@@ -204,6 +204,39 @@ def test_nan_reaches_no_earlier_token(structure: str) -> None:
 # Closed forms.
 
 
+def test_a_write_that_is_erased_has_no_share() -> None:
+    """The delta rule with strength 1 replaces what its key held; a write along another key stays."""
+    k = torch.eye(4, dtype=torch.float64)[[0, 1, 0]][None, :, None]
+    v = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)[None, :, None]
+    log_decay = torch.zeros(1, 3, 1, 4, dtype=torch.float64)
+    r = Recurrence(q=k, k=k, v=v, log_decay=log_decay, a=-torch.ones_like(log_decay[..., 0]))
+    for kernel in (reference, chunked):
+        out = kernel.scan(r)
+        contribution, share, before = kernel.probe(r, out.final_state)
+        want = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+        torch.testing.assert_close(contribution[0, :, 0], want)
+        torch.testing.assert_close(share[0, :, 0], want**2 / 5)
+        assert before.abs().max() == 0
+        # What is written is the correction: the asked for value less the one that is taken away.
+        write = torch.tensor([5.0, 1.0, np.hypot(3, 2)], dtype=torch.float64)
+        torch.testing.assert_close(out.steps.write_norm[0, :, 0], write)
+
+
+def test_decay_of_keys_in_words() -> None:
+    """``log_decay`` is the mean over keys; a write survives as its key does, entry by entry."""
+    r = draw("per_key", 50)
+    after = r.log_decay.flip(1).cumsum(1).flip(1) - r.log_decay
+    keys = r.k.repeat_interleave(2, 2) * after.exp()
+    value = r.write_scale[..., None] * r.v
+    for kernel in (reference, chunked):
+        out = kernel.scan(r)
+        torch.testing.assert_close(out.steps.log_decay, r.log_decay.mean(-1))
+        contribution, share, _ = kernel.probe(r, out.final_state)
+        torch.testing.assert_close(contribution, keys.norm(dim=-1) * value.norm(dim=-1))
+        read = torch.einsum("bthk,bhkv,bthv->bth", keys, out.final_state, value)
+        torch.testing.assert_close(share, read / out.final_state.square().sum((-2, -1))[:, None])
+
+
 def test_no_decay_accumulates() -> None:
     r = draw(initial=True).replace(log_decay=torch.zeros(2, 65, 6, dtype=torch.float64))
     k = r.k.repeat_interleave(2, 2)
