@@ -89,7 +89,7 @@ def scan(
         *reads, v, *v.stride()[:3], scale, *scale.stride(), *erase,
         run, seen, inverse, initial, run if r.skip is None else r.skip, slots,
         run if y is None else y, values, final, entered, *parts, total,
-        r.time, padded, r.batch, len(held),
+        r.time, padded, r.batch,
         **sizes, **asked, VALUE=r.value, BV=COLUMNS, SLICE=min(SLICE, keys),
         PRECISION="tf32x3" if torch.version.cuda else "ieee", MEASURE=measure,
         KEEP=bool(held), HAS_INITIAL=r.initial_state is not None,

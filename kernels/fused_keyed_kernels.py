@@ -89,7 +89,7 @@ def walk(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, a, a_b, a_t, a_h,
     run, seen, inverse, initial, skip, slots,
     y, values, final, entered, decayed, written, cross, total,
-    TIME, PADDED, BATCH, KEPT,
+    TIME, PADDED, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
     OUTPUTS: tl.constexpr, MEASURE: tl.constexpr, DELTA: tl.constexpr, KEEP: tl.constexpr,
@@ -140,7 +140,7 @@ def walk(
     values += (batch * TIME * HEADS + head) * VALUE
     of_tokens = rows * HEADS
     origin = (block * BATCH + batch) * TIME * HEADS + head
-    own_total = total + BATCH * blocks * TIME * HEADS
+    own_total = total + (tl.zeros((), tl.int64) + BATCH) * blocks * TIME * HEADS
     if HAS_SKIP:
         bypass = tl.load(skip + head).to(tl.float32)
     left = tl.zeros((), tl.int32) + TIME
