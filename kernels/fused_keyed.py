@@ -54,7 +54,7 @@ def scan(
     chunks = -(-r.time // CHUNK)
     padded = chunks * CHUNK
     keys = max(16, 1 << (r.key - 1).bit_length())
-    blocks = -(-r.value // COLUMNS)
+    blocks, wide = -(-r.value // COLUMNS), keys > 128
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=r.v.device)
@@ -70,7 +70,7 @@ def scan(
     asked = {"OUTPUTS": outputs, "DELTA": r.erases}
     kernels.relate[(chunks, r.heads, r.batch)](
         *reads, r.log_decay, *r.log_decay.stride(), *erase, run, seen, inverse, r.time, padded,
-        **sizes, **asked, num_warps=2,
+        **sizes, **asked, num_warps=4 if wide else 2,
     )  # fmt: skip
     scale = r.v[..., 0] if r.write_scale is None else r.write_scale
     held = sorted({p // CHUNK for p in positions})
@@ -93,7 +93,8 @@ def scan(
         **sizes, **asked, VALUE=r.value, BV=COLUMNS, SLICE=min(SLICE, keys),
         PRECISION="tf32x3" if torch.version.cuda else "ieee", MEASURE=measure,
         KEEP=bool(held), HAS_INITIAL=r.initial_state is not None,
-        HAS_SCALE=r.write_scale is not None, HAS_SKIP=r.skip is not None, num_warps=4,
+        HAS_SCALE=r.write_scale is not None, HAS_SKIP=r.skip is not None,
+        num_warps=8 if wide else 4,
     )  # fmt: skip
     steps = None
     if measure:
