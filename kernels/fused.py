@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ from .interface import ScanOutput, Steps
 
 PROGRAMS = 1584
 """Most spans times heads: twelve on each of 132 multiprocessors, six rounds of two or four of three."""
+
+BULK_ROWS = 2**18
+"""Fewest tokens times heads times sequences whose tiles are copied in bulk, which the host must set up."""
+
+STATE_TILE = 1024
+"""Entries of a state that one program passes on."""
 
 WIDEST = 256
 """Largest number of keys or values whose tiles fit."""
@@ -106,14 +113,14 @@ def scan(
             return fused_keyed.scan(recurrence, q, k, v, outputs, measure, positions)
         if recurrence.delta_rule:
             return _erasing(recurrence, outputs, measure, positions)
-        return _Scan(recurrence).run(outputs, measure, positions)
+        return _Scan(recurrence, outputs, measure).run(positions)
 
 
 def _erasing(r: Recurrence, outputs: bool, measure: bool, positions: Sequence[int]) -> ScanOutput:
     """Find what is written, in float32; what is left erases nothing."""
     values = fused_delta.written_values(r, _by_rows(r.k), _by_rows(r.v))
     plain = r.replace(v=values, write_scale=None, a=None, skip=None)
-    found = _Scan(plain).run(outputs, measure, positions)
+    found = _Scan(plain, outputs, measure).run(positions)
     y = found.y
     if y is not None:
         if r.skip is not None:
@@ -191,146 +198,159 @@ def _by_rows(x: Tensor) -> Tensor:
 class _Scan:
     """One scan: the launches and the buffers between them."""
 
-    def __init__(self, r: Recurrence) -> None:
-        from . import fused_kernels
-
-        self.kernels: Any = fused_kernels
-        self.r = r
+    def __init__(self, r: Recurrence, outputs: bool, measure: bool) -> None:
+        self.r, self.outputs, self.measure = r, outputs, measure
         self.tiling = tiling = _tiling(r.key, r.value, _half(r), _interpreted() or _bulk_copies(r.v))
         self.q, self.k, self.v = (_by_rows(x) for x in (r.q, r.k, r.v))
+        self.initial = None if r.initial_state is None else r.initial_state.contiguous()
         self.chunks = -(-r.time // tiling.chunk)
         self.blocks = -(-r.value // tiling.values)
-        rows = r.batch * r.heads
-        spans = min(self.chunks, max(1, PROGRAMS // (rows * self.blocks)))
+        spans = min(self.chunks, max(1, PROGRAMS // (r.batch * r.heads * self.blocks)))
         self.length = -(-self.chunks // spans)  # chunks in a span
         self.spans = -(-self.chunks // self.length)
         self.padded = self.chunks * tiling.chunk
-        self.run_sum, self.weight = self.empty(rows, self.padded), self.empty(rows, self.padded)
+        self.tiles = -(-r.key * r.value // STATE_TILE)
         self.sizes = {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "VALUE": r.value}
-        self.tiles = {"L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values}
         # The interpreter truncates bfloat16 and cannot multiply it: it is shown float32.
-        self.arithmetic = {
+        self.walk: dict[str, Any] = self.sizes | {
+            "L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values,
             "BF16": _half(r) and not _interpreted(),
             "PRECISION": "tf32x3" if torch.version.cuda else "ieee",
-        }
-        self.bulk = _half(r) and _bulk_copies(r.v) and all(self._packed(x) for x in (self.q, self.k, self.v))
+        }  # fmt: skip
+        self.bulk = (
+            _half(r)
+            and r.batch * r.time * r.heads >= BULK_ROWS
+            and _bulk_copies(r.v)
+            and all(self._packed(x) for x in (self.q, self.k, self.v))
+        )
+        self.launch = _Launcher.of((outputs, measure, self.bulk, self.length), *self._tensors())
+        self.buffers = _Buffers.allocate(self)
 
-    def run(self, outputs: bool, measure: bool, positions: Sequence[int]) -> ScanOutput:
+    def run(self, positions: Sequence[int]) -> ScanOutput:
         r = self.r
-        parts = _Parts.allocate(self) if measure else None
-        self._prepare(parts)
-        states, decay = self._write_spans(self.spans, parts)
-        final, spoiled, sums = self._pass_states(states, decay)
-        y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
-        if outputs or measure:
-            self._read_spans(states, y, parts)
+        self._prepare()
+        self._write_spans()
+        final = self._pass_states()
+        y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if self.outputs else None
+        if self.outputs or self.measure:
+            self._read_spans(y)
         if y is not None:
-            self._step_spoiled(states, spoiled, y)
+            self._step_spoiled(y)
         return ScanOutput(
             y=y,
-            steps=None if parts is None else self._measure_steps(parts, sums),
-            states=self._states_after(positions, states),
+            steps=self._measure_steps() if self.measure else None,
+            states=self._states_after(positions),
             final_state=final,
         )
 
-    def _prepare(self, parts: _Parts | None) -> None:
-        r = self.r
-        self.kernels.prepare[(self.chunks, r.batch)](
-            *self._decays(), self.k, *self.k.stride()[:3], self.run_sum, self.weight,
-            *((self.weight, self.weight) if parts is None else (parts.key_square, parts.key_sum)),
-            r.time, self.padded, r.heads, r.groups, r.key,
-            self.tiling.chunk, min(32, max(2, 1 << (r.heads - 1).bit_length())), self.tiling.keys,
-            r.write_scale is not None, parts is not None,
+    def _prepare(self) -> None:
+        r, b = self.r, self.buffers
+        self.launch(
+            "prepare", (self.chunks, r.batch, 1),
+            (*self._decays(), self.k, *self.k.stride()[:3], b.run_sum, b.weight, b.key_square, b.key_sum,
+             r.time, self.padded),
+            {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": self.tiling.chunk,
+             "BH": self._heads_at_once(), "BK": self.tiling.keys,
+             "HAS_SCALE": r.write_scale is not None, "MEASURE": self.measure},
         )  # fmt: skip
 
-    def _write_spans(
-        self, spans: int, parts: _Parts | None, ends: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return what each span writes, (batch, head, span, key, value), and its log decay."""
-        r, t, unused = self.r, self.tiling, self.weight
+    def _write_spans(self) -> None:
+        b = self.buffers
+        self._write(b.states, b.decay, self.spans)
+
+    def _write(self, written: Tensor, decay: Tensor, spans: int, ends: Tensor | None = None) -> None:
+        """Sum up what each span writes, (batch, head, span, key, value), and its log decay."""
+        r, t, b = self.r, self.tiling, self.buffers
         bulk = self.bulk and ends is None  # a span cut short masks its tokens
-        written = self.empty(r.batch, r.heads, spans, r.key, r.value)
-        decay = self.empty(r.batch, r.heads, spans)
-        self.kernels.write_spans[(r.heads * self.blocks, spans, r.batch)](
-            *self._rows(self.k, t.keys, bulk), *self._rows(self.v, t.values, bulk), self.run_sum, self.weight,
-            unused if parts is None else parts.key_sum, unused if ends is None else ends, written, decay,
-            *((unused,) * 4 if parts is None else parts.of_values()),
-            r.time, self.padded, self.chunks, self.length, spans, r.batch,
-            **self.sizes, **self.tiles, **self.arithmetic,
-            BULK=bulk, STAGES=t.write_stages, CUT=ends is not None, MEASURE=parts is not None,
-            num_warps=t.write_warps, **self._at_most(t.write_registers),
+        self.launch(
+            "write_spans", (r.heads * self.blocks, spans, r.batch),
+            (*self._rows(self.k, t.keys, bulk), *self._rows(self.v, t.values, bulk), b.run_sum, b.weight,
+             b.key_sum, b.weight if ends is None else ends, written, decay,
+             b.value_square, b.value_sum, b.chunk_total, b.chunk_decay,
+             r.time, self.padded, self.chunks, self.length, spans, r.batch),
+            {**self.walk, "BULK": bulk, "STAGES": t.write_stages,
+             "CUT": ends is not None, "MEASURE": self.measure and ends is None},
+            keep=ends is None, num_warps=t.write_warps, **self._at_most(t.write_registers),
         )  # fmt: skip
-        return written, decay
 
-    def _pass_states(self, states: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r = self.r
-        size, block = r.key * r.value, 1024
-        tiles = -(-size // block)
-        final = self.empty(r.batch, r.heads, r.key, r.value)
-        spoiled = torch.empty((r.batch, r.heads, tiles, self.spans), dtype=torch.int32, device=r.v.device)
-        sums = self.empty(2, r.batch, r.heads, tiles, self.spans)
-        initial = None if r.initial_state is None else r.initial_state.contiguous()
-        self.kernels.pass_states[(tiles, r.batch * r.heads)](
-            states, decay, final if initial is None else initial, final, spoiled, sums[0], sums[1],
-            self.spans,
-            SIZE=size, BLOCK=block, STAGES=3, HAS_INITIAL=initial is not None, num_warps=4,
+    def _pass_states(self) -> Tensor:
+        r, b = self.r, self.buffers
+        final = torch.empty((r.batch, r.heads, r.key, r.value), dtype=torch.float32, device=r.v.device)
+        self.launch(
+            "pass_states", (self.tiles, r.batch * r.heads, 1),
+            (b.states, b.decay, final if self.initial is None else self.initial, final,
+             b.spoiled, b.energy, b.total, self.spans),
+            {"SIZE": r.key * r.value, "BLOCK": STATE_TILE, "STAGES": 3,
+             "HAS_INITIAL": self.initial is not None},
+            num_warps=4,
         )  # fmt: skip
-        return final, spoiled, sums
+        return final
 
-    def _read_spans(self, states: Tensor, y: Tensor | None, parts: _Parts | None) -> None:
-        r, t, unused = self.r, self.tiling, self.weight
-        target = unused if y is None else self._rows(y, t.values, self.bulk)[0]
-        measured = (unused, unused) if parts is None else (parts.cross, parts.written)
-        self.kernels.read_spans[(r.heads * self.blocks, self.spans, r.batch)](
-            *self._rows(self.q, t.keys, self.bulk), *self._rows(self.k, t.keys, self.bulk),
-            *self._rows(self.v, t.values, self.bulk),
-            self.run_sum, self.weight, states, unused if r.skip is None else r.skip, target, *measured,
-            r.time, self.padded, self.chunks, self.length, self.spans, r.batch,
-            **self.sizes, **self.tiles, **self.arithmetic, STAGES=t.read_stages, BULK=self.bulk,
-            OUTPUTS=y is not None, MEASURE=parts is not None, HAS_SKIP=r.skip is not None,
+    def _read_spans(self, y: Tensor | None) -> None:
+        r, t, b = self.r, self.tiling, self.buffers
+        self.launch(
+            "read_spans", (r.heads * self.blocks, self.spans, r.batch),
+            (*self._rows(self.q, t.keys, self.bulk), *self._rows(self.k, t.keys, self.bulk),
+             *self._rows(self.v, t.values, self.bulk), b.run_sum, b.weight, b.states,
+             b.weight if r.skip is None else r.skip,
+             b.weight if y is None else self._rows(y, t.values, self.bulk)[0], b.cross, b.written,
+             r.time, self.padded, self.chunks, self.length, self.spans, r.batch),
+            {**self.walk, "STAGES": t.read_stages, "BULK": self.bulk,
+             "OUTPUTS": y is not None, "MEASURE": self.measure, "HAS_SKIP": r.skip is not None},
             num_warps=t.read_warps,
         )  # fmt: skip
 
-    def _step_spoiled(self, states: Tensor, spoiled: Tensor, y: Tensor) -> None:
-        r, t = self.r, self.tiling
-        tiles = spoiled.shape[2]
+    def _step_spoiled(self, y: Tensor) -> None:
+        r, t, b = self.r, self.tiling, self.buffers
         values = min(t.values, 32)
-        self.kernels.step_spoiled[(r.heads * -(-r.value // values), self.spans, r.batch)](
-            self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3],
-            *self._decays(), states, spoiled, self.weight if r.skip is None else r.skip, y,
-            r.time, self.length * t.chunk, self.spans, tiles,
-            **self.sizes, BK=t.keys, BV=values, BT=1 << (tiles - 1).bit_length(),
-            HAS_SCALE=r.write_scale is not None, HAS_SKIP=r.skip is not None, num_warps=4,
+        self.launch(
+            "step_spoiled", (r.heads * -(-r.value // values), self.spans, r.batch),
+            (self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3],
+             *self._decays(), b.states, b.spoiled, b.weight if r.skip is None else r.skip, y,
+             r.time, self.length * t.chunk, self.spans, self.tiles),
+            {**self.sizes, "BK": t.keys, "BV": values, "BT": 1 << (self.tiles - 1).bit_length(),
+             "HAS_SCALE": r.write_scale is not None, "HAS_SKIP": r.skip is not None},
+            num_warps=4,
         )  # fmt: skip
 
-    def _measure_steps(self, parts: _Parts, sums: Tensor) -> Steps:
-        r = self.r
-        norm = self.empty(r.batch, r.time, r.heads)
+    def _measure_steps(self) -> Steps:
+        r, b = self.r, self.buffers
+        norm = torch.empty((r.batch, r.time, r.heads), dtype=torch.float32, device=r.v.device)
         # The results take the place of what they are made from, unless that has several blocks.
-        sources = (parts.value_square, parts.value_sum, parts.cross)
-        write, mean, overlap = (p[0] if self.blocks == 1 else torch.empty_like(norm) for p in sources)
-        block = min(32, max(2, 1 << (r.heads - 1).bit_length()))
-        self.kernels.measure_steps[(self.chunks, -(-r.heads // block), r.batch)](
-            *self._decays(), parts.key_square, parts.key_sum, *sources,
-            sums[0], sums[1], parts.written, parts.chunk_total, parts.chunk_decay,
-            write, norm, mean, overlap,
-            r.time, self.padded, self.chunks, self.length, self.spans, r.batch,
-            r.heads, r.groups, r.key * r.value, self.blocks, sums.shape[3],
-            self.tiling.chunk, block, r.write_scale is not None, num_warps=1,
+        sources = (b.value_square, b.value_sum, b.cross)
+        write, mean, overlap = (x[0] if self.blocks == 1 else torch.empty_like(norm) for x in sources)
+        block = self._heads_at_once()
+        self.launch(
+            "measure_steps", (self.chunks, -(-r.heads // block), r.batch),
+            (*self._decays(), b.key_square, b.key_sum, *sources,
+             b.energy, b.total, b.written, b.chunk_total, b.chunk_decay, write, norm, mean, overlap,
+             r.time, self.padded, self.chunks, self.length, self.spans, r.batch),
+            {"HEADS": r.heads, "GROUPS": r.groups, "SIZE": r.key * r.value, "BLOCKS": self.blocks,
+             "TILES": self.tiles, "L": self.tiling.chunk, "BH": block,
+             "HAS_SCALE": r.write_scale is not None},
+            num_warps=1,
         )  # fmt: skip
         return Steps(r.log_decay.to(torch.float32), write, norm, mean, overlap)
 
-    def _states_after(self, positions: Sequence[int], states: Tensor) -> Tensor:
+    def _states_after(self, positions: Sequence[int]) -> Tensor:
         """Return the states after some tokens: each from the span that holds it, cut short there."""
-        r = self.r
+        r, count = self.r, len(positions)
+        shape = (r.batch, r.heads, count, r.key, r.value)
+        written = torch.empty(shape, dtype=torch.float32, device=r.v.device)
         if not positions:
-            return self.empty(r.batch, 0, r.heads, r.key, r.value)
+            return written.transpose(1, 2)
+        decay = torch.empty(shape[:3], dtype=torch.float32, device=r.v.device)
         # From pinned memory, so that the host does not wait for the device.
         ends = torch.tensor(positions, pin_memory=r.v.is_cuda).to(r.v.device, non_blocking=True)
-        written, decay = self._write_spans(len(positions), None, ends)
+        self._write(written, decay, count, ends)
+        entered = (r.batch, r.heads, self.spans, r.key, r.value)
+        states = self.buffers.states[: math.prod(entered)].view(entered)
         spans = ends.div(self.length * self.tiling.chunk, rounding_mode="floor")
         entering = states.index_select(2, spans)
         return torch.addcmul(written, entering, decay.exp2()[..., None, None]).transpose(1, 2).contiguous()
+
+    def _heads_at_once(self) -> int:
+        return min(32, max(2, 1 << (self.r.heads - 1).bit_length()))
 
     def _packed(self, x: Tensor) -> bool:
         """Whether x is one matrix of aligned rows, (batch * time, heads * width), that tiles cut evenly."""
@@ -363,34 +383,100 @@ class _Scan:
         scale = r.log_decay if r.write_scale is None else r.write_scale
         return r.log_decay, *r.log_decay.stride(), scale, *scale.stride()
 
-    def empty(self, *shape: int) -> Tensor:
-        """Uninitialised float32 on the device of the scan."""
-        return torch.empty(shape, dtype=torch.float32, device=self.r.v.device)
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """What the kernels are given; all else follows from it."""
+        r = self.r
+        return self.q, self.k, self.v, r.log_decay, r.write_scale, self.initial, r.skip
+
+
+class _Launcher:
+    """Launches kernels, and remembers which one a call like this was compiled to.
+
+    triton finds a compiled kernel by looking at every argument, which for a short text costs more than the
+    work. Of two calls whose tensors agree in dtype, shape, strides and alignment all arguments are alike.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    @classmethod
+    def of(cls, choices: tuple[int, ...], *tensors: Tensor | None) -> _Launcher:
+        """Return the launcher of all calls like this one."""
+        alike = ((x.dtype, x.shape, x.stride(), x.data_ptr() % 16) if x is not None else x for x in tensors)
+        assert tensors[0] is not None
+        return _launcher((choices, tensors[0].device, *alike))
+
+    def __call__(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        keep: bool = True,
+        **options: Any,
+    ) -> None:
+        """Launch a kernel of :mod:`statescope.kernels.fused_kernels`.
+
+        ``constants`` are its compile-time arguments, after the others; with ``keep=False`` an argument is
+        not like that of other calls.
+        """
+        if keep and name in self._compiled:
+            kernel, values = self._compiled[name]
+            kernel[grid](*arguments, *values)
+            return
+        from . import fused_kernels
+
+        function = getattr(fused_kernels, name)
+        kernel = function[grid](*arguments, **constants, **options)
+        if keep and kernel is not None:  # None is what the interpreter returns
+            values = tuple(constants[name] for name in function.arg_names[len(arguments) :])
+            self._compiled[name] = kernel, values
+
+
+@functools.lru_cache(maxsize=1024)
+def _launcher(_: tuple[Any, ...]) -> _Launcher:
+    return _Launcher()
 
 
 @dataclass(frozen=True, eq=False)
-class _Parts:
-    """What the walks leave for the scalar recurrences; see the kernels for shapes."""
+class _Buffers:
+    """What lies between the launches, float32 but for ``spoiled``; see the kernels for shapes."""
 
+    run_sum: Tensor
+    weight: Tensor
+    states: Tensor
+    decay: Tensor
+    energy: Tensor
+    total: Tensor
+    spoiled: Tensor  # int32
     key_square: Tensor
     key_sum: Tensor
-    value_square: Tensor
-    value_sum: Tensor
-    cross: Tensor
     written: Tensor
     chunk_total: Tensor
     chunk_decay: Tensor
+    value_square: Tensor  # the last three have the shape of what takes their place
+    value_sum: Tensor
+    cross: Tensor
 
     @classmethod
-    def allocate(cls, scan: _Scan) -> _Parts:
-        r = scan.r
-        keys = (r.batch, r.groups, scan.padded)
+    def allocate(cls, scan: _Scan) -> _Buffers:
+        r, rows = scan.r, scan.r.batch * scan.r.heads
+        tiles, chunks = rows * scan.tiles * scan.spans, rows * scan.chunks
+        sizes = [
+            rows * scan.padded, rows * scan.padded, rows * scan.spans * r.key * r.value, rows * scan.spans,
+            tiles, tiles, tiles,
+        ]  # fmt: skip
+        if scan.measure:
+            keys = r.batch * r.groups * scan.padded
+            sizes += [keys, keys, scan.blocks * chunks, scan.blocks * chunks, chunks]
+        aligned = [-(-size // 32) * 32 for size in sizes]
+        whole = torch.empty(
+            sum(aligned), dtype=torch.float32, device=r.v.device
+        )  # one for all: each takes time
+        pieces = list(whole.split(aligned))
+        pieces[6] = pieces[6].view(torch.int32)
+        if not scan.measure:  # never touched
+            return cls(*pieces, *[pieces[0]] * 8)
         tokens = (scan.blocks, r.batch, r.time, r.heads)
-        chunks = (scan.blocks, r.batch, scan.chunks, r.heads)
-        return cls(
-            *(scan.empty(*s) for s in (keys, keys, tokens, tokens, tokens, chunks, chunks, chunks[1:]))
-        )
-
-    def of_values(self) -> tuple[Tensor, ...]:
-        """Return what the first walk writes."""
-        return self.value_square, self.value_sum, self.chunk_total, self.chunk_decay
+        results = (torch.empty(tokens, dtype=torch.float32, device=r.v.device) for _ in range(3))
+        return cls(*pieces, *results)

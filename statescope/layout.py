@@ -12,6 +12,10 @@ from statescope.schema import Variable
 SHARD_BYTES = 64 * 2**20
 """Upper bound of one variable's shard, uncompressed."""
 
+PARTS, SMALL_SHARD_BYTES = 3, 2 * 2**20
+"""Writes over which a record is spread, by layers where it has fewer commits, and the size not split further:
+what is written before the end is written beside the reading."""
+
 SHARD_TOKENS = 16384
 """Upper bound of the tokens between two commits."""
 
@@ -71,8 +75,10 @@ class Layout:
     def layers_per_shard(self) -> int:
         """How many layers one shard of ``/steps`` or ``/probes`` holds."""
         width = self.shard if self.probes else -(-self.shard // self.window)
-        fitting = SHARD_BYTES // (4 * self.sequences * len(self.heads) * width)
-        return max(1, min(len(self.layers), fitting))
+        layer = 4 * self.sequences * len(self.heads) * width
+        parts = -(-PARTS // -(-self.tokens // self.shard))
+        part = max(-(-len(self.layers) // parts), -(-SMALL_SHARD_BYTES // layer))
+        return max(1, min(len(self.layers), part, SHARD_BYTES // layer))
 
     def shards(self, group: str, variable: Variable) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Chunk and shard shapes of a variable."""

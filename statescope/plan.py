@@ -120,7 +120,7 @@ def _name_of(function: Any) -> str | None:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "triton", "mamba-ssm", "numpy", "zarr", "xarray"):
+    for name in ("torch", "transformers", "triton", "mamba-ssm", "numpy", "zarr", "zarrs", "xarray"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

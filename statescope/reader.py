@@ -16,8 +16,8 @@ from statescope.capture import Handler, capture, mixers
 from statescope.carry import Carry
 from statescope.measured import STEPS, Measured, Sink, suspect
 from statescope.recurrence import Recurrence
-from statescope.scan import ScanOutput, Steps, choose, probe, scan, token_loss, transition
-from statescope.watch import Watch, thin
+from statescope.scan import ScanOutput, choose, probe, scan, thin, token_loss, transition
+from statescope.watch import Watch
 
 Edit = Callable[[int, Recurrence], Recurrence]
 """``edit(layer, recurrence)`` returns the recurrence to run instead."""
@@ -240,10 +240,9 @@ class _Segment:
         self, layer: int, recurrence: Recurrence, output: ScanOutput, states: dict[int, Tensor]
     ) -> None:
         assert output.steps is not None and self.sink is not None
-        picked = Steps(*(self._of_heads(getattr(output.steps, name)) for name in STEPS))
-        every = torch.stack([getattr(picked, name) for name in STEPS])
+        every = torch.stack([self._of_heads(getattr(output.steps, name)) for name in STEPS])
         window = self.watch.window
-        kept = every if window == 1 else torch.stack([*thin(picked, window).values()])
+        kept = every if window == 1 else thin(every, window)
         measured = Measured(
             self.start,
             self.stop,

@@ -75,7 +75,8 @@ class Recorder:
     Parameters
     ----------
     open_writer : callable
-        Opens what the record goes to. It takes a while, so it is called when the device has work waiting.
+        Opens what the record goes to. It takes a while, so a thread of its own does it beside the reading,
+        as soon as a first layer is read.
     by_shards : bool
         Whether a write should be a whole shard; else it is a layer.
     layout : Layout
@@ -98,7 +99,8 @@ class Recorder:
         self._height = layout.layers_per_shard if by_shards else 1  # layers of one write
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="statescope-recorder")
-        self._open_writer, self._opened = open_writer, Future[Writer]()
+        self._open_writer = open_writer
+        self._opened: Future[Writer] | None = None
         self._nonfinite: Mapping[str, Any] | None = None
         self._waiting: deque[Future[None]] = deque()
         self._last_commit: Future[None] | None = None
@@ -108,18 +110,21 @@ class Recorder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        complete = False
         try:
             if kind is None:
                 self._wait(0)
+                complete = True
         finally:
-            never_opened = self._opened.cancel()  # or threads would wait for it
-            self._pool.shutdown(cancel_futures=kind is not None)
-            if kind is not None and not never_opened:
-                self.writer.discard_if_empty()
+            self._pool.shutdown(cancel_futures=not complete)
+            opened = self._opened
+            if not complete and opened and not opened.cancelled() and opened.exception() is None:
+                opened.result().discard_if_empty()
 
     @property
     def writer(self) -> Writer:
-        """What the record goes to; a thread waits until it is open."""
+        """What the record goes to; waits until it is open, which is begun when a first layer is taken."""
+        assert self._opened is not None
         return self._opened.result()
 
     def begin(self, start: int, stop: int) -> None:
@@ -135,6 +140,8 @@ class Recorder:
     def take(self, row: int, measured: Measured) -> None:
         """Take what the watched layer number ``row`` yielded in one segment."""
         now = self._now
+        if self._opened is None:
+            self._opened = self._pool.submit(self._open_writer)  # no write can be before it
         group, place = divmod(row, self._height)
         layers = min(self._height, len(self._watch.layers) - group * self._height)
         if group not in now.open:
@@ -163,7 +170,6 @@ class Recorder:
 
     def commit(self, carry: Callable[[], bytes] | None) -> None:
         """Commit the interval; ``carry`` is None at the end of the text."""
-        self._open()  # all of the interval is launched; left until buffers run out, nothing would be safe
         now, former = self._now, self._last_commit
         waiting = [*now.writes] if former is None else [former, *now.writes]
         now.suspects = self._suspects_to_host(now.suspects)
@@ -220,12 +226,7 @@ class Recorder:
 
     def _wait(self, left: int) -> None:
         while len(self._waiting) > left:
-            self._open()  # nothing more is launched for now, and the device is busy
             self._waiting.popleft().result()
-
-    def _open(self) -> None:
-        if not self._opened.done():
-            self._opened.set_result(self._open_writer())
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:

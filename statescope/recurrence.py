@@ -77,39 +77,40 @@ class Recurrence:
             )
         if (self.a is None or self.a.ndim == 4) and (self.a is None) != (self.b is None):
             raise ValueError("the erase term needs both a and b; one of them is missing")
+        expected, device = self._expected(), self.v.device
         if (
             self.log_decay.ndim not in (3, 4, 5)
-            or self.log_decay.shape != self._expected["log_decay"][: self.log_decay.ndim]
+            or self.log_decay.shape != expected["log_decay"][: self.log_decay.ndim]
         ):
             raise ValueError(
                 f"log_decay has shape {tuple(self.log_decay.shape)}; expected (batch, time, heads),"
                 " (batch, time, heads, key) or (batch, time, heads, key, value), here"
-                f" {self._expected['log_decay']}"
+                f" {expected['log_decay']}"
             )
         for name, tensor in self.tensors().items():
-            if name != "log_decay" and tuple(tensor.shape) != self._expected[name]:
+            if name != "log_decay" and tensor.shape != expected[name]:
                 raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; expected {self._expected[name]} to fit k and v"
+                    f"{name} has shape {tuple(tensor.shape)}; expected {expected[name]} to fit k and v"
                 )
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating dtype")
-            if tensor.device != self.v.device:
-                raise ValueError(f"{name} is on {tensor.device}, v is on {self.v.device}; move them together")
+            if tensor.device != device:
+                raise ValueError(f"{name} is on {tensor.device}, v is on {device}; move them together")
 
-    @property
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        shared = (self.batch, self.time, self.groups, self.key)
-        per_head = (self.batch, self.time, self.heads)
+        batch, time, heads, value = self.v.shape
+        groups, key = self.k.shape[2:]
+        shared, per_head = (batch, time, groups, key), (batch, time, heads)
         return {
             "q": shared,
             "k": shared,
-            "v": (*per_head, self.value),
-            "log_decay": (*per_head, self.key, self.value),
+            "v": (*per_head, value),
+            "log_decay": (*per_head, key, value),
             "write_scale": per_head,
-            "a": per_head if self.delta_rule else (*per_head, self.key),
-            "b": (*per_head, self.key),
-            "initial_state": (self.batch, self.heads, self.key, self.value),
-            "skip": (self.heads,),
+            "a": per_head if self.delta_rule else (*per_head, key),
+            "b": (*per_head, key),
+            "initial_state": (batch, heads, key, value),
+            "skip": (heads,),
         }
 
     @property
@@ -180,8 +181,7 @@ class Recurrence:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is present, by field name."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def to(self, dtype: torch.dtype) -> Recurrence:
         """Convert every tensor to one floating dtype."""

@@ -10,9 +10,21 @@ from torch import Tensor
 
 from statescope.kernels.interface import Kernel, ScanOutput, Steps
 from statescope.kernels.loss import token_loss
+from statescope.kernels.windows import thin
 from statescope.recurrence import Recurrence
 
-__all__ = ["BACKENDS", "Kernel", "ScanOutput", "Steps", "choose", "probe", "scan", "token_loss", "transition"]
+__all__ = [
+    "BACKENDS",
+    "Kernel",
+    "ScanOutput",
+    "Steps",
+    "choose",
+    "probe",
+    "scan",
+    "thin",
+    "token_loss",
+    "transition",
+]
 
 BACKENDS = ("fused", "chunked", "reference")
 """Kernels by name, the preferred first: Triton on a GPU, torch, float64 token by token."""

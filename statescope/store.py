@@ -37,8 +37,11 @@ CARRY = "carry"
 class RecordWriter:
     """Fills a record in; see the module's docstring for the order of writes."""
 
-    def __init__(self, store: StoreLike, root: zarr.Group, layout: Layout) -> None:
+    def __init__(
+        self, store: StoreLike, root: zarr.Group, layout: Layout, former: Path | None = None
+    ) -> None:
         self._store, self._root, self.layout = store, root, layout
+        self._former = former
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @classmethod
@@ -51,7 +54,8 @@ class RecordWriter:
     ) -> RecordWriter:
         """Lay a record out; on a file system it appears whole or not at all.
 
-        Whatever record was at that place is replaced (:func:`claim` has decided that it may be).
+        Whatever record was at that place is replaced (:func:`claim` has decided that it may be), but removed
+        only at the first commit: until then :meth:`discard_if_empty` puts it back.
 
         Raises
         ------
@@ -66,12 +70,14 @@ class RecordWriter:
             _remove(draft, former)
             try:
                 cls._lay_out(draft, layout, attributes, token_id)
-                if place.exists():
-                    place.rename(former)  # removing it takes time, in which it would be half a record
+                replaces = place.exists()
+                if replaces:
+                    place.rename(former)
                 draft.rename(place)
             finally:
-                _remove(draft, former)
-        return cls(store, zarr.open_group(store, mode="r+"), layout)
+                _remove(draft)
+        root = zarr.open_group(store, mode="r+")
+        return cls(store, root, layout, former if replaces else None)
 
     @classmethod
     def resume(cls, store: StoreLike, root: zarr.Group, layout: Layout) -> RecordWriter:
@@ -146,15 +152,20 @@ class RecordWriter:
                     f"{CARRY}/{keep}", data=data, chunks=chunk, compressors=None, overwrite=True
                 )
             self._root.update_attributes({**attributes, "committed": tokens, "complete": carry is None})
+            if self._former is not None:
+                _remove(self._former)
+                self._former = None
             if carry is None:
                 del self._root[CARRY]
             else:
                 self._forget_carry_but(keep)
 
     def discard_if_empty(self) -> None:
-        """Remove a record in which nothing is committed yet: there is nothing to go on from."""
+        """Remove a record in which nothing is committed yet, and put back the one it was to replace."""
         if isinstance(self._store, str | Path) and self.committed == 0:
             shutil.rmtree(self._store, ignore_errors=True)
+            if self._former is not None:
+                self._former.rename(Path(self._store).resolve())
 
     def read_carry(self) -> bytes | None:
         """Return what was kept at the last commit; None if nothing is committed yet."""

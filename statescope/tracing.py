@@ -78,7 +78,7 @@ def trace(
         Tokens at which the state is attributed to the tokens that made it. Where that goes back over more
         than one segment, the text is read once more, ahead of the trace.
     window : int
-        Tokens per entry of ``/steps``; see :func:`statescope.watch.thin`. Default 1.
+        Tokens per entry of ``/steps``; see :mod:`statescope.kernels.windows`. Default 1.
     segment : int, optional
         Tokens of one forward pass (at least 2, rounded up to whole windows); bounds the memory. The
         result does not depend on it. Default 2048 on a CPU, 16384 on a GPU, 65536 on one of 64 GiB and more:

@@ -7,11 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from statescope.kernels.interface import Steps
-
 
 @dataclass(frozen=True)
 class Probes:
@@ -122,52 +117,3 @@ def _positions(name: str, given: Sequence[int], tokens: int) -> tuple[int, ...]:
         if not -tokens <= position < tokens:
             raise ValueError(f"{name} names position {position}; the text has tokens 0 to {tokens - 1}")
     return tuple(sorted({position % tokens for position in given}))
-
-
-def thin(steps: Steps, window: int) -> dict[str, Tensor]:
-    r"""Keep one entry for every ``window`` tokens, on the device the measurements are on.
-
-    Over the tokens :math:`t` of a window: :math:`\sum \log\alpha_t` (so that retention stays exact);
-    ``state_norm`` and ``state_mean`` at the last token; ``state_norm_max``; ``write_norm``
-    :math:`= \sqrt{\sum |U_t|^2}`; ``write_overlap`` :math:`= \sum |U_t|^2 c_t / \sum |U_t|^2`, the mean
-    cosine :math:`c_t` weighted by energy. A last window may be shorter.
-
-    Parameters
-    ----------
-    steps : Steps
-        Measurements of consecutive tokens, beginning at a window's first token.
-    window : int
-        Tokens of one entry; 1 keeps everything.
-
-    Returns
-    -------
-    dict of str to Tensor, (batch, ceil(time / window), heads)
-        By the variables' names in the record.
-    """
-    fields = {name: getattr(steps, name) for name in Steps.__dataclass_fields__}
-    if window == 1:
-        return fields
-    time = steps.log_decay.shape[1]
-    last = torch.arange(window - 1, time + window - 1, window, device=steps.log_decay.device)
-    last = last.clamp(max=time - 1)
-    energy = steps.write_norm.double().square()
-    total = _sums(energy, window)
-    weighted = _sums(energy * steps.write_overlap, window)
-    overlap = torch.where(total == 0, torch.zeros_like(total), weighted / total)
-    return {
-        "log_decay": _sums(steps.log_decay.double(), window).to(steps.log_decay.dtype),
-        "write_norm": total.sqrt().to(steps.write_norm.dtype),
-        "state_norm": steps.state_norm[:, last],
-        "state_mean": steps.state_mean[:, last],
-        "write_overlap": overlap.to(steps.write_overlap.dtype),
-        "state_norm_max": _windows(steps.state_norm, window, -torch.inf).amax(2),
-    }
-
-
-def _windows(x: Tensor, window: int, fill: float) -> Tensor:
-    missing = -x.shape[1] % window
-    return torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill).unflatten(1, (-1, window))
-
-
-def _sums(x: Tensor, window: int) -> Tensor:
-    return _windows(x, window, 0.0).sum(2)

@@ -13,17 +13,17 @@ import xarray as xr
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import assert_close, assert_identical, build, ids
+from tiny import assert_close, assert_identical, build, ids, thinned
 from torch import nn
 from zarr.storage import LocalStore, MemoryStore
 
 import statescope
 from statescope import record
-from statescope.kernels.interface import Steps
 from statescope.layout import Layout, shard_tokens
+from statescope.measured import STEPS
 from statescope.schema import ROOT_ATTRIBUTES, group_variables
 from statescope.store import RecordWriter
-from statescope.watch import Watch, thin
+from statescope.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -185,40 +185,6 @@ def files(folder: Path) -> int:
     return sum(path.is_file() for path in folder.rglob("*"))
 
 
-def thinned(steps: dict[str, np.ndarray], window: int) -> dict[str, np.ndarray]:
-    """Thin in float64, window by window, as the design says in words."""
-    time = steps["log_decay"].shape[1]
-    parts = [slice(i, min(i + window, time)) for i in range(0, time, window)]
-    x = {name: values.astype(np.float64) for name, values in steps.items()}
-    energy = x["write_norm"] ** 2
-    total = np.stack([energy[:, p].sum(1) for p in parts], 1)
-    weighted = np.stack([(energy * x["write_overlap"])[:, p].sum(1) for p in parts], 1)
-    return {
-        "log_decay": np.stack([x["log_decay"][:, p].sum(1) for p in parts], 1),
-        "write_norm": np.sqrt(total),
-        "state_norm": np.stack([x["state_norm"][:, p][:, -1] for p in parts], 1),
-        "state_mean": np.stack([x["state_mean"][:, p][:, -1] for p in parts], 1),
-        "write_overlap": np.divide(weighted, total, out=np.zeros_like(total), where=total > 0),
-        "state_norm_max": np.stack([x["state_norm"][:, p].max(1) for p in parts], 1),
-    }
-
-
-@settings(max_examples=40, deadline=None)
-@given(time=st.integers(1, 40), window=st.integers(2, 50), seed=st.integers(0, 2**31), zeros=st.booleans())
-def test_thin_equals_numpy(time: int, window: int, seed: int, zeros: bool) -> None:
-    """Thinning is what its description says, for windows that divide the text and that do not."""
-    rng = np.random.default_rng(seed)
-    names = list(Steps.__dataclass_fields__)
-    given = {name: rng.standard_normal((2, time, 3)).astype("f4") for name in names}
-    given["write_norm"] = np.abs(given["write_norm"]) * (0 if zeros else 1)
-    found = thin(Steps(*(torch.from_numpy(given[name]) for name in names)), window)
-    expected = thinned(given, window)
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        assert found[name].dtype == torch.float32
-        np.testing.assert_allclose(found[name], values, rtol=2e-6, atol=1e-6, err_msg=name)
-
-
 @pytest.mark.parametrize("window", [2, 7, 16, 61, 100])
 @pytest.mark.parametrize("segment", [5, 16, 61])
 def test_window_thins_the_full_record(window: int, segment: int, model: nn.Module, full: xr.DataTree) -> None:
@@ -228,7 +194,7 @@ def test_window_thins_the_full_record(window: int, segment: int, model: nn.Modul
         model, text, window=window, segment=segment, snapshots=[0, 30, 60], probes=[25, 60]
     )
     steps = full["steps"].to_dataset().stack(row=("sequence", "layer")).transpose("row", "token", "head")
-    expected = thinned({name: x.values for name, x in steps.data_vars.items()}, window)
+    expected = thinned(np.stack([steps[name].values for name in STEPS]), window)
     ends = np.minimum(np.arange(window - 1, 61 + window - 1, window), 60)
     np.testing.assert_array_equal(trace["steps"].token, ends)
     assert set(trace["steps"].data_vars) == set(expected)
@@ -298,6 +264,31 @@ def test_overwrite_replaces(kind: str, model: nn.Module, tmp_path: Path) -> None
     assert sorted(found.children) == ["steps", "tokens"]
     assert_identical(found, expected)
     assert set(zarr.open_group(place, mode="r")) == {"steps", "tokens"}
+
+
+def test_overwrite_that_fails_puts_the_former_record_back(model: nn.Module, tmp_path: Path) -> None:
+    """Also where the new one was laid out already."""
+    place, text = tmp_path / "run.zarr", ids(50)
+    kept = statescope.trace(model, text, store=place, snapshots=3).load()
+
+    def failing_after(allowed: int) -> Any:
+        calls: list[int] = []
+
+        def edit(layer: int, recurrence: Any) -> Any:
+            calls.append(layer)
+            if len(calls) > allowed:
+                raise RuntimeError("enough")
+            return recurrence
+
+        return edit
+
+    for allowed in (1, kept["steps"].sizes["layer"] - 1):
+        with pytest.raises(RuntimeError, match="enough"):
+            statescope.trace(
+                model, text, store=place, segment=16, edit=failing_after(allowed), overwrite=True
+            )
+        assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
+        assert_identical(statescope.open(place), kept)
 
 
 def test_negative_positions(model: nn.Module) -> None:

@@ -271,3 +271,22 @@ class Collected(dict[str, torch.Tensor]):
         prefix = f"{row} {('steps', None)} "
         parts = {int(key.removeprefix(prefix)): x for key, x in self.items() if key.startswith(prefix)}
         return torch.cat([parts[at][STEPS.index(name)] for at in sorted(parts)], 1).numpy()
+
+
+def thinned(steps: np.ndarray, window: int) -> dict[str, np.ndarray]:
+    """Thin (5, sequence, token, head) in float64, window by window, as the design says in words."""
+    parts = [steps.astype(np.float64)[:, :, i : i + window] for i in range(0, steps.shape[2], window)]
+
+    def each(entry) -> np.ndarray:
+        return np.stack([entry(*part) for part in parts], 1)
+
+    total = each(lambda g, write, norm, mean, overlap: (write**2).sum(1))
+    weighted = each(lambda g, write, norm, mean, overlap: (write**2 * overlap).sum(1))
+    return {
+        "log_decay": each(lambda g, *_: g.sum(1)),
+        "write_norm": np.sqrt(total),
+        "state_norm": each(lambda g, write, norm, mean, overlap: norm[:, -1]),
+        "state_mean": each(lambda g, write, norm, mean, overlap: mean[:, -1]),
+        "write_overlap": np.divide(weighted, total, out=np.zeros_like(total), where=total != 0),
+        "state_norm_max": each(lambda g, write, norm, *_: norm.max(1)),
+    }

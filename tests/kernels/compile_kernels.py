@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from statescope.kernels import (
     fused_kernels,
     fused_keyed,
     fused_keyed_kernels,
+    loss_kernels,
+    window_kernels,
 )
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INTEGERS = {
-    "KEPT": "i32",
     "TIME": "i32",
     "PADDED": "i32",
     "CHUNKS": "i32",
@@ -60,6 +62,14 @@ def source(kernel: Any, tiling: fused.Tiling, dtype: str, bulk: bool, **constant
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def small(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Iterator[ASTSource]:
+    """Describe a kernel for numbers at large, and for ones, which triton makes constants."""
+    for ones in ({}, {name: 1 for name, kind in types.items() if kind == "i32"}):
+        fixed = constants | ones
+        signature = {n: "constexpr" if n in fixed else types[n] for n in kernel.arg_names}
+        yield ASTSource(fn=kernel, signature=signature, constexprs=fixed)
 
 
 def usage(compiled: Any, backend: str) -> dict[str, int]:
@@ -111,6 +121,15 @@ def main() -> None:
             described = source(kernel, tiling, "fp32", False, **common, **delta)
             compiled = triton.compile(described, target=where, options={"num_warps": warps})
             results[f"{label} {target}"] = usage(compiled, backend)
+        thin = {"steps": "*fp32", "out": "*fp32", "TIME": "i32", "HEADS": "i32", "WINDOW": "i32"}
+        loss = {"logits": "*bf16", "stride": "i32", "targets": "*i64", "loss": "*fp32", "VOCABULARY": "i32"}
+        for label, warps, described in (
+            ("thin", 4, small(window_kernels.thin_windows, thin, {"ROWS": 64, "COLUMNS": 32})),
+            ("loss", 8, small(loss_kernels.cross_entropy_rows, loss, {"BLOCK": 4096})),
+        ):
+            compiled = [triton.compile(d, target=where, options={"num_warps": warps}) for d in described]
+            found = [usage(c, backend) for c in compiled]
+            results[f"{label} {target}"] = {k: max(f[k] for f in found) for k in found[0]}
     print(json.dumps(results))
 
 

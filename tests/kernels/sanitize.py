@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ if not torch.cuda.is_available():  # before anything imports triton: the kernels
 
 from cases import OUTPUTS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, reference
+from statescope.kernels import fused, loss, reference, windows
 from statescope.plan import versions
 
 HALF = torch.bfloat16
@@ -46,13 +47,15 @@ TOOLS = ("memcheck", "racecheck")
 
 
 def run(scans: tuple[Case, ...] = SCANS) -> None:
-    """Run every scan with outputs, measurements and kept states; one more with a NaN in it."""
+    """Run every scan with outputs, measurements and kept states, one with a NaN, and the small kernels."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for case in scans:
         r = draw(case, device)
         positions = (case.time - 1, 0, case.time // 2)
-        got, want = fused.scan(r, positions=positions), reference.scan(r, positions=positions)
-        worst = errors(got.steps, want.steps, r.start_state(torch.float64).norm(dim=(-2, -1)))
+        got = on_host(fused.scan(r, positions=positions))
+        host = on_host(r)
+        want = reference.scan(host, positions=positions)
+        worst = errors(got.steps, want.steps, host.start_state(torch.float64).norm(dim=(-2, -1)))
         assert float(worst["state_norm"].max()) <= WORST[case.dtype], case
         assert relative(got.y, want.y) <= OUTPUTS[case.dtype], case
         assert relative(got.states, want.states) <= STATES[case.dtype], case
@@ -61,9 +64,21 @@ def run(scans: tuple[Case, ...] = SCANS) -> None:
     spoiled[:, 33, 0, 0] = float("nan")
     got = fused.scan(r.replace(v=spoiled))
     assert bool(got.y[:, :33].isfinite().all()) and not bool(got.y[:, 33:, 0, 0].isfinite().any())
+    steps = torch.rand(5, 2, 130, 3, device=device)
+    assert relative(windows.in_one_pass(steps, 64).cpu(), windows.thin(steps.cpu(), 64).double()) < 1e-6
+    logits, targets = torch.randn(9, 5001, device=device), torch.arange(9, device=device)
+    expected = loss.token_loss(logits.cpu(), targets.cpu())
+    assert relative(loss.in_one_pass(logits, targets).cpu(), expected) < 1e-6
     print(
         f"{len(scans) + 1} scans on {torch.cuda.get_device_name() if device == 'cuda' else 'the interpreter'}"
     )
+
+
+def on_host(x: Any) -> Any:
+    """Bring tensors where stepping takes no launches, of which every one is slow under a tool."""
+    if isinstance(x, torch.Tensor):
+        return x.cpu()
+    return replace(x, **{f.name: on_host(getattr(x, f.name)) for f in fields(x)}) if is_dataclass(x) else x
 
 
 def record(path: Path, tool: str = "compute-sanitizer") -> bool:
@@ -71,32 +86,24 @@ def record(path: Path, tool: str = "compute-sanitizer") -> bool:
     # Without torch's pool every tensor is an allocation of its own, past whose end memcheck sees.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found: dict[str, Any] = {}
-    for name in TOOLS:
-        command = [
-            tool,
-            "--tool",
-            name,
-            "--error-exitcode",
-            "1",
-            sys.executable,
-            str(Path(__file__).resolve()),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        lines = (done.stdout + done.stderr).splitlines()
-        summary = [line.strip("= ") for line in lines if "SUMMARY" in line]
-        entry = {"exit_code": done.returncode, "summary": summary}
-        if done.returncode or not summary:
-            entry["last_lines"] = lines[-30:]
-        found[name] = entry
     result = {
         "command": "python tests/kernels/sanitize.py --record FILE",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "versions": {**versions(), "compute-sanitizer": _version(tool)},
-        "scans": [*map(str, SCANS), "one with a NaN"],
+        "scans": [*map(str, SCANS), "one with a NaN", "thinning", "loss"],
         "tools": found,
     }
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name in TOOLS:
+        script = str(Path(__file__).resolve())
+        command = [tool, "--tool", name, "--error-exitcode", "1", sys.executable, script]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        lines = (done.stdout + done.stderr).splitlines()
+        summary = [line.strip("= ") for line in lines if "SUMMARY" in line]
+        found[name] = {"exit_code": done.returncode, "summary": summary}
+        if done.returncode or not summary:
+            found[name]["last_lines"] = lines[-30:]
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return all(entry["exit_code"] == 0 and entry["summary"] for entry in found.values())
 
 
@@ -112,6 +119,7 @@ def main() -> None:
     parser.add_argument("--tool", default="compute-sanitizer", help="where it is, if not on the path")
     given = parser.parse_args()
     if given.record is None:
+        fused.BULK_ROWS = 0  # so that small scans, too, are copied in bulk where they can be
         run()
     elif not record(given.record, given.tool):
         sys.exit(f"not clean: see {given.record}")

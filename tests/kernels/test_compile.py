@@ -41,6 +41,8 @@ BOUNDS = {
     "walk gfx942": (256, 8_500, 0),
     "invert gfx942": (256, 8_500, 0),
     "correct gfx942": (256, 34_000, 0),
+    **{f"thin {target}": (160, 4096, 0) for target in ("sm_80", "sm_90", "gfx942")},
+    **{f"loss {target}": (96, 64, 0) for target in ("sm_80", "sm_90", "gfx942")},
 }
 """A change that breaks one of these costs occupancy or sends the state through memory."""
 

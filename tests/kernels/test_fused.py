@@ -32,7 +32,7 @@ KEYED = dataclasses.replace(SMALL, time=20, delta=True, keyed=True)
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill fresh memory with what cannot pass for a result."""
+    """Fill fresh memory with what cannot pass for a result, and copy in bulk whatever can be."""
     real = torch.empty
 
     def empty(*args: Any, **kwargs: Any) -> Tensor:
@@ -40,6 +40,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 12345)
 
     monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(fused, "BULK_ROWS", 0)
     yield
 
 
@@ -62,8 +63,10 @@ def check(r: Recurrence, got: ScanOutput, positions: Sequence[int]) -> None:
         assert relative(got.states, want.states) <= STATES[dtype]
 
 
+@pytest.mark.parametrize("bulk", [False, True] if DEVICE == "cuda" else [False])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_stepping(case: Case) -> None:
+def test_matches_stepping(case: Case, bulk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "BULK_ROWS", 0 if bulk else sys.maxsize)
     r = draw(case, DEVICE)
     positions = (case.time - 1, 0, case.time // 2)
     check(r, fused.scan(r, positions=positions), positions)
@@ -184,3 +187,44 @@ def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         fused.scan(r.replace(log_decay=per_entry))
     monkeypatch.setattr(fused, "_interpreted", lambda: False)
     assert "not on a GPU" in fused.supports(Recurrence(**{n: t.cpu() for n, t in r.tensors().items()}))
+
+
+class Compiled:
+    """Stands for a kernel, and for what it was compiled to."""
+
+    arg_names = ("x", "y", "SIZE", "FLAG")
+
+    def __init__(self, remembers: bool = True) -> None:
+        self.remembers, self.calls = remembers, []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **constants):
+            self.calls.append((grid, arguments, constants))
+            return Compiled.again if self.remembers and constants else None
+
+        return run
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_launches_again_what_was_compiled(remembers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls alike reach what was compiled, all arguments in its order; one that is interpreted does not."""
+    from statescope.kernels import fused_kernels
+
+    first, Compiled.again = Compiled(remembers), Compiled()
+    monkeypatch.setattr(fused_kernels, "twice", first, raising=False)
+    fused._launcher.cache_clear()
+    x = torch.zeros(3, 4)
+    for _ in range(2):
+        launch = fused._Launcher.of((1, 1), x, None)
+        launch("twice", (1, 1, 1), (x, 7), {"FLAG": True, "SIZE": 5}, num_warps=4)
+    named = ((1, 1, 1), (x, 7), {"FLAG": True, "SIZE": 5, "num_warps": 4})
+    if remembers:
+        assert first.calls == [named] and Compiled.again.calls == [((1, 1, 1), (x, 7, 5, True), {})]
+    else:
+        assert first.calls == [named, named]
+    launch("twice", (1, 1, 1), (x, 9), {"FLAG": True, "SIZE": 5}, keep=False)
+    assert first.calls[-1][1] == (x, 9)
+    others = (x.double(), x.T, x[:2], torch.zeros(14)[1:13].view(3, 4), x.to(torch.bfloat16))
+    launchers = {id(fused._Launcher.of((1, 1), y, None)) for y in (x, *others)}
+    launchers |= {id(fused._Launcher.of(choices, x, z)) for choices, z in (((1, 0), None), ((1, 1), x))}
+    assert len(launchers) == 8

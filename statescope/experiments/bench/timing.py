@@ -82,8 +82,10 @@ def take_turns(
         If a contestant's error has ended all work on the GPU.
     """
     timings = [Timing(name) for name in contestants]
+    turns = list(zip(timings, contestants.values(), strict=True))
     for round_ in range(warm + rounds):
-        for timing, work in zip(timings, contestants.values(), strict=True):
+        first = round_ % len(turns)  # none comes always after the same one
+        for timing, work in turns[first:] + turns[:first]:
             if timing.skipped:
                 continue
             try:

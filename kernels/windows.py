@@ -1,0 +1,79 @@
+r"""Measurements of every token thinned to one entry for a window of tokens, where they were made.
+
+Over the tokens :math:`t` of a window: :math:`\sum \log\alpha_t` (so that retention stays exact);
+``state_norm`` and ``state_mean`` at the last token; ``state_norm_max``; ``write_norm``
+:math:`= \sqrt{\sum |U_t|^2}`; ``write_overlap`` :math:`= \sum |U_t|^2 c_t / \sum |U_t|^2`, the mean
+cosine :math:`c_t` weighted by energy. Sums are taken in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+ENTRIES = ("log_decay", "write_norm", "state_norm", "state_mean", "write_overlap", "state_norm_max")
+"""What a window has: the fields of :class:`~statescope.kernels.interface.Steps`, in order, and one more."""
+
+
+def thin(steps: Tensor, window: int) -> Tensor:
+    """Keep one entry for every ``window`` tokens; see :mod:`statescope.kernels.windows` for which.
+
+    Parameters
+    ----------
+    steps : Tensor, (5, batch, time, heads), float32
+        The fields of :class:`~statescope.kernels.interface.Steps`, in order, for consecutive tokens that
+        begin at a window's first.
+    window : int
+        Tokens of one entry. A last window may be shorter.
+
+    Returns
+    -------
+    Tensor, (6, batch, ceil(time / window), heads), float32
+        By :data:`ENTRIES`; NaN in an entry if a token's value that goes into it is NaN.
+    """
+    if steps.is_cuda and steps.is_contiguous() and importlib.util.find_spec("triton") is not None:
+        return in_one_pass(steps, window)
+    log_decay, write_norm, overlap = (_windows(steps[i], window) for i in (0, 1, 4))
+    energy = write_norm.double().square()
+    total, weighted = energy.sum(2), (energy * overlap).sum(2)
+    entries = (
+        log_decay.sum(2, dtype=torch.float64),
+        total.sqrt(),
+        _last(steps[2], window),
+        _last(steps[3], window),
+        torch.where(total == 0, torch.zeros_like(total), weighted / total),
+        _windows(steps[2], window, -torch.inf).amax(2),
+    )
+    return torch.stack([x.float() for x in entries])
+
+
+def in_one_pass(steps: Tensor, window: int) -> Tensor:
+    """Compute :func:`thin` with the kernel; ``steps`` must be contiguous."""
+    from . import window_kernels
+
+    _, batch, time, heads = steps.shape
+    count = -(-time // window)
+    out = torch.empty((len(ENTRIES), batch, count, heads), dtype=torch.float32, device=steps.device)
+    kernel: Any = window_kernels.thin_windows
+    columns = min(32, 1 << (heads - 1).bit_length())
+    rows = min(64, 1 << (window - 1).bit_length())
+    with torch.cuda.device(steps.device) if steps.is_cuda else contextlib.nullcontext():
+        kernel[(count, -(-heads // columns), batch)](
+            steps, out, time, heads, window, ROWS=rows, COLUMNS=columns, num_warps=4
+        )
+    return out
+
+
+def _windows(x: Tensor, window: int, fill: float = 0.0) -> Tensor:
+    """(batch, time, heads) to (batch, window, token, heads), the last one filled up."""
+    return pad(x, (0, 0, 0, -x.shape[1] % window), value=fill).unflatten(1, (-1, window))
+
+
+def _last(x: Tensor, window: int) -> Tensor:
+    time = x.shape[1]
+    return x[:, torch.arange(window - 1, time + window - 1, window, device=x.device).clamp(max=time - 1)]
