@@ -12,7 +12,8 @@ state without any of them in memory:
 .. math:: |S_t|^2 = e^{2 g_t} |S_{t-1}|^2 + 2 \langle D_t, U_t \rangle + |U_t|^2 .
 
 The norm restarts from :math:`S_{in}` in every chunk, so its error does not build up. The delta rule is
-brought to this form by :mod:`statescope.kernels.delta`; decays of keys or entries are for
+brought to this form by :mod:`statescope.kernels.delta`. Decay per key is for :mod:`statescope.kernels.keyed`,
+other erase terms are for :mod:`statescope.kernels.erasing`, decay per entry is for
 :mod:`statescope.kernels.stepped`.
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from torch.nn.functional import pad
 
 from statescope.recurrence import Recurrence
 
-from . import delta, reference, stepped
+from . import delta, erasing, keyed, reference, stepped
 from .interface import ScanOutput, Steps
 
 CHUNK, NARROW_CHUNK = 64, 32
@@ -41,7 +43,7 @@ On a CPU the work stays in the caches, and under the size from which the allocat
 
 
 def supports(recurrence: Recurrence) -> str | None:
-    """Return None: every structure is served; an erase term other than the delta rule's token by token."""
+    """Return None: every structure is served."""
     return None
 
 
@@ -64,10 +66,8 @@ def scan(
         Tokens after which the state is kept.
     """
     dtype = _working_dtype(recurrence)
-    if not recurrence.scalar_decay and (recurrence.delta_rule or not recurrence.erases):
-        return stepped.scan(recurrence, dtype, outputs=outputs, measure=measure, positions=positions)
-    if recurrence.erases:
-        return _erasing(recurrence, outputs, measure, positions, dtype)
+    if recurrence.erases or not recurrence.scalar_decay:
+        return _of_structure(recurrence, outputs, measure, positions, dtype)
     start = state = recurrence.start_state(dtype)
     y = torch.empty(recurrence.v.shape, dtype=dtype, device=state.device) if outputs else None
     steps: list[Steps] = []
@@ -94,18 +94,33 @@ def scan(
     )
 
 
-def _erasing(
+def _of_structure(
     r: Recurrence, outputs: bool, measure: bool, positions: Sequence[int], dtype: torch.dtype
 ) -> ScanOutput:
-    """Solve for what is written, where one triangular system gives it; what is left erases nothing."""
-    if r.delta_rule:
-        values = delta.written_values(r, dtype, block_tokens(r))
-        if torch.isfinite(values).all():
-            plain = r.replace(v=values, write_scale=None, a=None, skip=None)
-            found = scan(plain, outputs=outputs, measure=measure, positions=positions)
-            y = None if found.y is None else _with_skip(r, found.y)
-            return ScanOutput(y, found.steps, found.states, found.final_state)
-    return reference.scan(r, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
+    """Pass a recurrence on whose keys or entries decay, or that erases."""
+    asked: dict[str, Any] = {"outputs": outputs, "measure": measure, "positions": positions}
+    served = r.delta_rule or not r.erases
+    if r.log_decay.ndim == 5 and served:
+        return stepped.scan(r, dtype, **asked)
+    if r.log_decay.ndim == 5:
+        return reference.scan(r, dtype=dtype, **asked)
+    if r.scalar_decay and r.delta_rule:
+        found = _delta_rule(r, dtype, asked)
+    else:
+        found = (keyed if served else erasing).scan(r, dtype, **asked)
+    if found is None and served and not r.scalar_decay:  # a NaN: none may reach an earlier token
+        return stepped.scan(r, dtype, **asked)
+    return reference.scan(r, dtype=dtype, **asked) if found is None else found
+
+
+def _delta_rule(r: Recurrence, dtype: torch.dtype, asked: dict[str, Any]) -> ScanOutput | None:
+    """Solve for what is written; what is left erases nothing."""
+    values = delta.written_values(r, dtype, block_tokens(r))
+    if not torch.isfinite(values).all():
+        return None
+    found = scan(r.replace(v=values, write_scale=None, a=None, skip=None), **asked)
+    y = None if found.y is None else _with_skip(r, found.y)
+    return ScanOutput(y, found.steps, found.states, found.final_state)
 
 
 def probe(
@@ -127,12 +142,13 @@ def probe(
         What happens from the end of this stretch to the probe; as there.
     """
     dtype = _working_dtype(recurrence)
-    if not (recurrence.scalar_decay or recurrence.erases):
-        return stepped.probe(recurrence, state, after, dtype)
     if recurrence.scalar_decay and recurrence.delta_rule:
         return delta.probe(recurrence, state, after, dtype, block_tokens(recurrence))
-    if recurrence.erases:
+    if recurrence.erases and recurrence.log_decay.ndim == 5:
         return reference.probe(recurrence, state, after, dtype=dtype)
+    if recurrence.erases or not recurrence.scalar_decay:
+        kernel = erasing if recurrence.erases else stepped if recurrence.log_decay.ndim == 5 else keyed
+        return kernel.probe(recurrence, state, after, dtype)
     r = recurrence.to(dtype)
     state = state.to(dtype)
     after = torch.zeros_like(r.v[:, 0, :, 0]) if after is None else after.to(dtype)
@@ -158,6 +174,8 @@ def transition(recurrence: Recurrence) -> Tensor:
     dtype = _working_dtype(recurrence)
     if recurrence.scalar_decay and recurrence.delta_rule:
         return delta.transition(recurrence, dtype, block_tokens(recurrence))
+    if recurrence.erases and recurrence.log_decay.ndim < 5:
+        return erasing.transition(recurrence, dtype)
     return reference.transition(recurrence, dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-r"""The recurrence in fused matrix products (Triton), for one decay per head.
+r"""The recurrence in fused matrix products (Triton), and the door to those for other structures.
 
 The algebra is that of :mod:`statescope.kernels.chunked`. What differs is where things live: a program
 walks a *span* of chunks with the state in registers, so only the states between spans pass through
@@ -12,6 +12,10 @@ the inputs lie column by column):
 5. ``step_spoiled``: returns at once, unless a NaN or an infinity entered a span (see Notes of :func:`scan`).
 6. ``measure_steps``: norms and means by scalar recurrences inside each chunk, from what the walks carried to
    it; the walks start from the states of step 3, so that no error builds up from span to span.
+
+This is for one decay per head. The delta rule is brought to this form by
+:mod:`statescope.kernels.fused_delta`; decay per key, with it or without, is for
+:mod:`statescope.kernels.fused_keyed`.
 
 With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, a token moves ``6 h v`` bytes of values and
 outputs (values are read twice) and about ``60 h`` of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))``
@@ -35,6 +39,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
+from . import fused_delta, fused_keyed
 from .interface import ScanOutput, Steps
 
 PROGRAMS = 1584
@@ -54,10 +59,10 @@ def supports(recurrence: Recurrence) -> str | None:
     """Return None if the kernel serves this recurrence, else the reason why not."""
     if not _installed():
         return "triton is not installed"
-    if not recurrence.scalar_decay:
-        return "the decay is per key or per entry"
-    if recurrence.erases:
-        return "the recurrence has an erase term"
+    if recurrence.log_decay.ndim == 5:
+        return "the decay is per entry"
+    if recurrence.erases and not recurrence.delta_rule:
+        return "the recurrence has an erase term other than the delta rule's"
     if not (recurrence.v.is_cuda or _interpreted()):
         return f"the tensors are on {recurrence.v.device}, not on a GPU"
     for name, tensor in recurrence.tensors().items():
@@ -103,7 +108,25 @@ def scan(
     if not all(0 <= p < recurrence.time for p in positions):
         raise ValueError(f"positions {list(positions)} do not all lie in 0 to {recurrence.time - 1}")
     with torch.cuda.device(recurrence.v.device) if recurrence.v.is_cuda else contextlib.nullcontext():
+        if not recurrence.scalar_decay:
+            q, k, v = (_by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
+            return fused_keyed.scan(recurrence, q, k, v, outputs, measure, positions)
+        if recurrence.delta_rule:
+            return _erasing(recurrence, outputs, measure, positions)
         return _Scan(recurrence, outputs, measure).run(positions)
+
+
+def _erasing(r: Recurrence, outputs: bool, measure: bool, positions: Sequence[int]) -> ScanOutput:
+    """Find what is written, in float32; what is left erases nothing."""
+    values = fused_delta.written_values(r, _by_rows(r.k), _by_rows(r.v))
+    plain = r.replace(v=values, write_scale=None, a=None, skip=None)
+    found = _Scan(plain, outputs, measure).run(positions)
+    y = found.y
+    if y is not None:
+        if r.skip is not None:
+            y.addcmul_(r.v.to(y.dtype), r.skip.to(y.dtype)[:, None])
+        y = y.to(r.v.dtype)
+    return ScanOutput(y, found.steps, found.states, found.final_state)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,12 @@ class Steps:
     ``write_overlap``         :math:`\langle D_t, U_t\rangle/(|D_t||U_t|)`,  cosine
                               0 where either is zero
     ========================= ============================================== ============
+
+    Where keys or entries decay at their own rates, ``log_decay`` is what they forget on average; what the
+    state as a whole forgets, :math:`|D_t| / |S_{t-1}|`, depends on where its energy sits, and follows from
+    the norms. An erase term is no part of ``log_decay``: what it takes away is in :math:`U_t`, whose
+    overlap with the decayed state is negative then. What a single write is worth at a probe, erasing by
+    later tokens included, is :func:`statescope.kernels.reference.probe`.
     """
 
     log_decay: Tensor

@@ -1,8 +1,9 @@
-r"""The recurrence token by token, a block of tokens at a time (torch): for decays no matrix product serves.
+r"""The recurrence token by token, a block of tokens at a time (torch): for decay that no product serves.
 
-Where keys, or entries of the state, decay at their own rates, the weights :math:`e^{G_t - G_j}` of
-:mod:`statescope.kernels.chunked` are not one number for two tokens. Here the states of a block are stepped
-through with a few operations each, all else is worked out for the whole block at once, and the
+Where the entries of a state decay at their own rates, the weights :math:`e^{G_t - G_j}` of
+:mod:`statescope.kernels.chunked` are not one number for two tokens, nor a sum over keys. (Where keys do, a
+text with a NaN is stepped here too: in a product it would reach earlier tokens.) The states of a block are
+stepped through with a few operations each, all else is worked out for the whole block at once, and the
 memory they take is bounded whatever the length.
 """
 

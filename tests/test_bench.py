@@ -16,7 +16,19 @@ from conftest import needs
 from test_cli import call
 
 import statescope
-from statescope.experiments.bench import accuracy, apart, command, floor, forward, scans, stream, subjects
+from statescope.adapters import ADAPTERS
+from statescope.experiments.bench import (
+    accuracy,
+    apart,
+    command,
+    families,
+    floor,
+    forward,
+    scans,
+    signatures,
+    stream,
+    subjects,
+)
 from statescope.experiments.bench.settings import Settings
 from statescope.experiments.bench.timing import Timing, take_turns
 from statescope.kernels import chunked, reference
@@ -43,7 +55,7 @@ def tiny() -> Iterator[None]:
 
 def settings(*parts: str) -> Settings:
     chosen = Settings.of(False, lengths=(100,), rounds=1, model=MODEL, forward=40, stream=(40, 80))
-    return replace(chosen, parts=parts, accuracy=(1, 63, 180), tails=(300,), tail=20)
+    return replace(chosen, parts=parts, accuracy=(1, 63, 180), tails=(300,), tail=20, families=20)
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +203,49 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         scans.verify(TINY, "cpu", torch.float32)
     output = tmp_path / "r.json"
     code, said = call(
-        "bench", "--parts", "scan", "--lengths", 100, "--rounds", 1, "-o", output
+        "bench", "--parts", "scan", "--shapes", "370M", "--lengths", 100, "--rounds", 1, "-o", output
     )  # fmt: skip
     [entry] = json.loads(output.read_text(encoding="utf-8"))["scan"]
     assert (
         code == 1 and "rows" not in entry and "is wrong here" in entry["refused"] and "is wrong here" in said
     )
+
+
+@pytest.mark.parametrize("name", subjects.SIGNATURES)
+def test_signatures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signatures, "VERIFIED", 70)
+    for each in subjects.SIGNATURES:
+        monkeypatch.setitem(subjects.SIGNATURES, each, subjects.Signature(4, 8, 8, longest=50))
+    _, entry = scans.measure(replace(settings("scan"), shapes=(name,), lengths=(90,)))
+    assert entry["tokens"] == 50 and max(entry["errors"].values()) < 1e-5
+    rows = {row["name"]: row for row in entry["rows"]}
+    assert rows[signatures.PLAIN]["ratios"][signatures.PLAIN] == 1 and rows[signatures.OURS]["median_ms"] > 0
+    peer = signatures.PEER_SCANS[name][0].partition(".")[0]
+    assert "median_ms" in rows[peer] or rows[peer]["skipped"]
+    assert any(peer in line for line in scans.describe(entry))
+
+
+def test_a_wrong_signature_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = signatures.scan
+    monkeypatch.setattr(signatures, "scan", lambda r: real(r.replace(v=1.1 * r.v)))
+    monkeypatch.setattr(signatures, "VERIFIED", 20)
+    monkeypatch.setitem(subjects.SIGNATURES, "GLA", subjects.Signature(2, 8, 8))
+    [entry] = signatures.measure("GLA", settings("scan"), apart.Here())
+    assert "rows" not in entry and "chunked is wrong here: error of y" in entry["refused"]
+
+
+def test_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = {model for a in ADAPTERS.values() for model in a.models if model.islower()}
+    assert set(families.CONFIGS) == every
+    chosen = {name: families.CONFIGS[name] for name in ("mamba", "qwen3_5_text")}
+    monkeypatch.setattr(families, "CONFIGS", chosen | {"falcon_mamba": {"state_size": "none"}})
+    *timed, failed = families.measure(settings("families"))
+    assert [entry["family"] for entry in timed] == list(chosen) and "skipped" in failed
+    for entry in timed:
+        rows = {row["name"]: row for row in entry["rows"]}
+        assert rows[families.PLAIN]["ratios"][families.PLAIN] == 1
+        assert all(rows[name]["ratios"][families.PLAIN] > 0 for name in (families.OWN, families.OURS))
+        assert any("traced" in line for line in families.describe(entry))
 
 
 def test_a_lost_peer_costs_its_own_row_only() -> None:

@@ -18,9 +18,14 @@ def bench(
         Path, typer.Option("--output", "-o", help="Result file (JSON); the picture is put beside it.")
     ] = Path("bench.json"),
     parts: Annotated[
-        str, typer.Option(help="What to measure, of accuracy, scan, forward, stream.")
-    ] = "accuracy,scan,forward,stream",
-    shapes: Annotated[str, typer.Option(help="Shapes whose scan is timed: 130M, 370M, 1.3B, 2.7B.")] = "370M",
+        str, typer.Option(help="What to measure, of accuracy, scan, forward, stream, families.")
+    ] = "accuracy,scan,forward,stream,families",
+    shapes: Annotated[
+        str,
+        typer.Option(
+            help="Scans that are timed: of Mamba-2 at 130M, 370M, 1.3B, 2.7B; gated-delta, KDA, GLA, Mamba-1."
+        ),
+    ] = "370M,gated-delta,KDA,GLA,Mamba-1",
     lengths: Annotated[
         str | None, typer.Option(help="Tokens of the scan, such as 2048,65536. Default: by device.")
     ] = None,

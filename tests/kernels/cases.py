@@ -24,11 +24,15 @@ class Case:
     initial: bool = False
     scale: bool = True
     skip: bool = True
+    delta: bool = False
+    keyed: bool = False
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         shape = f"{self.batch}x{self.time}x{self.heads}h{self.groups}g{self.key}x{self.value}"
-        flags = "".join(f"-{name}" for name in ("initial", "scale", "skip") if getattr(self, name))
+        flags = "".join(
+            f"-{name}" for name in ("initial", "scale", "skip", "delta", "keyed") if getattr(self, name)
+        )
         return f"{shape}{flags}-{str(self.dtype).removeprefix('torch.')}"
 
 
@@ -49,6 +53,14 @@ CASES = (
     Case(20, key=256, value=200, heads=1),
     Case(40, key=16, value=40, dtype=torch.float16),
     Case(10, key=1, value=1),
+    Case(1, delta=True),
+    Case(31, groups=2, key=24, value=33, initial=True, delta=True),
+    Case(65, heads=1, batch=2, initial=True, skip=False, delta=True, dtype=torch.bfloat16),
+    Case(40, heads=1, key=40, value=5, scale=False, delta=True, dtype=torch.float16),
+    Case(1, keyed=True),
+    Case(18, groups=2, key=9, value=20, initial=True, keyed=True),
+    Case(33, heads=1, key=33, value=5, scale=False, skip=False, keyed=True, dtype=torch.float16),
+    Case(17, batch=2, heads=1, initial=True, delta=True, keyed=True, dtype=torch.bfloat16),
 )
 
 LONG_CASES = (
@@ -56,6 +68,13 @@ LONG_CASES = (
     Case(4096, heads=5, key=128, value=64, dtype=torch.bfloat16),
     Case(1000, heads=5, key=64, value=96, initial=True),
     Case(1000, heads=2, key=128, value=64, initial=True, dtype=torch.float16),
+    Case(1000, batch=2, heads=4, groups=2, key=128, value=128, initial=True, delta=True),
+    Case(4096, heads=3, key=64, value=64, delta=True, dtype=torch.bfloat16),
+    Case(300, heads=1, key=256, value=200, delta=True),
+    Case(1000, batch=2, heads=4, groups=2, key=128, value=128, initial=True, keyed=True),
+    Case(1000, heads=4, key=128, value=128, initial=True, delta=True, keyed=True),
+    Case(4096, heads=3, key=64, value=64, delta=True, keyed=True, dtype=torch.bfloat16),
+    Case(300, heads=2, key=256, value=200, keyed=True, dtype=torch.bfloat16),
 )
 """Too long for the interpreter."""
 
@@ -88,12 +107,19 @@ def draw(case: Case, device: str, seed: int = 0) -> Recurrence:
     v, k, q = joined.split([width, keys, keys], -1)
     step = torch.nn.functional.softplus(normal(*tokens, case.heads) - 2)
     rate = torch.logspace(-2, 1, case.heads)
+    k = k.reshape(shared)
+    if case.delta:  # a corrected key is of unit length, and a correction at most a reflection
+        k, step = torch.nn.functional.normalize(k.float(), dim=-1).to(case.dtype), step.clamp(max=1)
+    log_decay = -step * rate
+    if case.keyed:
+        log_decay = log_decay[..., None] * torch.logspace(-1, 0.5, case.key)
     return Recurrence(
         q=q.reshape(shared),
-        k=k.reshape(shared),
+        k=k,
         v=v.reshape(*tokens, case.heads, case.value),
-        log_decay=(-step * rate).to(device),
+        log_decay=log_decay.to(device),
         write_scale=step.to(device) if case.scale else None,
+        a=-2 * step.to(device) if case.delta else None,
         initial_state=normal(case.batch, case.heads, case.key, case.value).to(device)
         if case.initial
         else None,

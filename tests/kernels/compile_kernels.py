@@ -18,18 +18,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from statescope.kernels import fused, fused_kernels, loss_kernels, window_kernels
+from statescope.kernels import (
+    fused,
+    fused_delta,
+    fused_delta_kernels,
+    fused_kernels,
+    fused_keyed,
+    fused_keyed_kernels,
+    loss_kernels,
+    window_kernels,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-INTEGERS = {"TIME": "i32", "PADDED": "i32", "CHUNKS": "i32", "LENGTH": "i32", "SPANS": "i32", "BATCH": "i32"}
+INTEGERS = {
+    "TIME": "i32",
+    "PADDED": "i32",
+    "CHUNKS": "i32",
+    "LENGTH": "i32",
+    "SPANS": "i32",
+    "BATCH": "i32",
+}
 HEADS = {"HEADS": 80, "GROUPS": 1, "KEY": 128, "VALUE": 64}
 
 
-def source(name: str, tiling: fused.Tiling, dtype: str, bulk: bool, **constants: Any) -> ASTSource:
+def source(kernel: Any, tiling: fused.Tiling, dtype: str, bulk: bool, **constants: Any) -> ASTSource:
     """Describe a kernel for 80 heads of 128 keys and 64 values, every pointer aligned."""
-    kernel = getattr(fused_kernels, name)
     shapes = {"q": tiling.keys, "k": tiling.keys, "v": tiling.values, "y": tiling.values}
-    constants |= HEADS | {"L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values}
+    constants = {"L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values} | HEADS | constants
     constants |= {"BF16": dtype == "bf16", "BULK": bulk}
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -37,12 +52,13 @@ def source(name: str, tiling: fused.Tiling, dtype: str, bulk: bool, **constants:
             signature[argument] = "constexpr"
         elif argument in shapes and bulk:
             signature[argument] = f"tensordesc<{dtype}[{tiling.chunk}, {shapes[argument]}]>"
-        elif argument in INTEGERS or re.fullmatch("[qkv]_[btgh]", argument):
+        elif argument in INTEGERS or re.fullmatch("[qkvagw]_[btghk]", argument):
             signature[argument] = "i32"
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
-            signature[argument] = f"*{dtype}" if argument in shapes else "*fp32"
+            kinds = {"spoiled": "*i32", "slots": "*i32"} | dict.fromkeys(shapes, f"*{dtype}")
+            signature[argument] = kinds.get(argument, "*fp32")
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -88,11 +104,23 @@ def main() -> None:
             ):
                 if label == "write" and bulk:
                     options["maxnreg"] = tiling.write_registers
-                described = source(
-                    f"{label}_spans", tiling, dtype, bulk, **common, **constants, STAGES=stages
-                )
+                kernel = getattr(fused_kernels, f"{label}_spans")
+                described = source(kernel, tiling, dtype, bulk, **common, **constants, STAGES=stages)
                 compiled = triton.compile(described, target=where, options=options)
                 results[f"{label} {dtype} {target}"] = usage(compiled, backend)
+        keyed = read | {"DELTA": True, "KEEP": False, "HAS_INITIAL": True, "HAS_SCALE": True}
+        keyed |= {"BV": fused_keyed.COLUMNS, "SLICE": fused_keyed.SLICE}
+        for label, warps in (("relate", 2), ("walk", 4)):
+            kernel = getattr(fused_keyed_kernels, label)
+            described = source(kernel, tiling, "fp32", False, **common, **keyed)
+            compiled = triton.compile(described, target=where, options={"num_warps": warps})
+            results[f"{label} {target}"] = usage(compiled, backend)
+        delta = {"L": fused_delta.CHUNK, "BV": fused_delta.COLUMNS, "STAGES": 1, "HAS_INITIAL": True}
+        for label, warps in (("invert", 1), ("correct", fused_delta.WARPS)):
+            kernel = getattr(fused_delta_kernels, label)
+            described = source(kernel, tiling, "fp32", False, **common, **delta)
+            compiled = triton.compile(described, target=where, options={"num_warps": warps})
+            results[f"{label} {target}"] = usage(compiled, backend)
         thin = {"steps": "*fp32", "out": "*fp32", "TIME": "i32", "HEADS": "i32", "WINDOW": "i32"}
         loss = {"logits": "*bf16", "stride": "i32", "targets": "*i64", "loss": "*fp32", "VOCABULARY": "i32"}
         for label, warps, described in (

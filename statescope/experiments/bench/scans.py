@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from statescope.experiments.bench import accuracy
+from statescope.experiments.bench import accuracy, signatures
 from statescope.experiments.bench import floor as floors
 from statescope.experiments.bench.apart import Apart, Here, Lost, reason, workplace
 from statescope.experiments.bench.settings import Settings
 from statescope.experiments.bench.subjects import (
     SHAPES,
+    SIGNATURES,
     Shape,
     as_recurrence,
     draw,
@@ -58,6 +59,9 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
         )
         yield {"rates": rates}
         for name in settings.shapes:
+            if name in SIGNATURES:
+                yield from signatures.measure(name, settings, work)
+                continue
             shape = vars(SHAPES[name])
             where = {"shape": shape, "device": settings.device, "dtype": settings.dtype}
             about = {"shape": name, **shape}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from statescope.experiments.bench.subjects import SHAPES
+from statescope.experiments.bench.subjects import SHAPES, SIGNATURES
 from statescope.models import bundled
 
-PARTS = ("accuracy", "scan", "forward", "stream")
+PARTS = ("accuracy", "scan", "forward", "stream", "families")
 """Parts by name, in the order they run."""
 
 
@@ -21,11 +21,13 @@ class Settings:
     parts : tuple of str
         Which of :data:`PARTS`.
     shapes, lengths : tuple
-        Public models whose scan is timed, and tokens.
+        Public models and signatures whose scan is timed, and tokens.
     rounds : int
         Timed rounds of every contestant.
     model, forward, stream : str, int, tuple of int
         A public shape or a bundled checkpoint; tokens of its forward; tokens of its streams to disk.
+    families : int
+        Tokens of the forward of a small model of each family.
     windows : tuple of int
         Tokens per entry of ``/steps`` in the streams.
     accuracy, tails, tail : tuple of int, tuple of int, int
@@ -43,6 +45,7 @@ class Settings:
     model: str
     forward: int
     stream: tuple[int, ...]
+    families: int
     windows: tuple[int, ...]
     accuracy: tuple[int, ...]
     tails: tuple[int, ...]
@@ -72,7 +75,7 @@ class Settings:
         """
         for argument, given, known in (
             ("parts", parts, PARTS),
-            ("shapes", shapes, tuple(SHAPES)),
+            ("shapes", shapes, (*SHAPES, *SIGNATURES)),
             ("model", (model,) if model else (), (*SHAPES, *bundled())),
         ):
             for name in given:
@@ -90,6 +93,7 @@ class Settings:
             model=model or ("370M" if gpu else "mamba2-byte-n64-t512"),
             forward=forward or (65536 if gpu else 8192),
             stream=stream or ((262144, 1048576) if gpu else (16384, 65536)),
+            families=16384 if gpu else 1024,
             windows=(64, 1) if gpu else (64,),
             accuracy=(1, 63, 64, 65, 1000, *((10_000, 100_000) if gpu else ())),
             tails=(131_072, 1_048_576) if gpu else (16_384,),

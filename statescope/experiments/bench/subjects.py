@@ -40,6 +40,24 @@ SHAPES = {
 }
 
 
+@dataclass(frozen=True)
+class Signature:
+    """A layer of a public model with another scan, and how many tokens of it are timed at most."""
+
+    heads: int
+    key: int
+    value: int
+    longest: int = 65536
+
+
+SIGNATURES = {
+    "gated-delta": Signature(32, 128, 128),  # Qwen3-Next 80B
+    "KDA": Signature(32, 128, 128),  # Kimi Linear 48B
+    "GLA": Signature(4, 128, 256),  # GLA 340M
+    "Mamba-1": Signature(24, 16, 64, longest=8192),  # 130M, channels in groups of 64; decays fill the memory
+}
+
+
 def draw(shape: Shape, time: int, device: str, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
     """Draw a layer's scan call: slow and fast heads; x, B and C slices of one convolution's output."""
     g = torch.Generator(device=device).manual_seed(seed)
