@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The device code of :mod:`statescope.kernels.fused_delta`; importing it needs triton.
 
 Shapes, clamping and base-2 logarithms as in :mod:`statescope.kernels.fused_kernels`. A chunk is two blocks

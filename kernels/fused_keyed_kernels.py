@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The device code of :mod:`statescope.kernels.fused_keyed`; importing it needs triton.
 
 Shapes and base-2 logarithms as in :mod:`statescope.kernels.fused_kernels`. A chunk is 16 tokens, the fewest
