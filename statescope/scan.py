@@ -38,8 +38,9 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
     recurrence : Recurrence
         What is to be run.
     backend : str
-        ``"auto"`` for the first of :data:`BACKENDS` that serves it (``"fused"`` on a GPU only, never in
-        Triton's interpreter), or one of them by name.
+        ``"auto"`` for the first of :data:`BACKENDS` that serves it, or one of them by name. ``"fused"`` is
+        chosen on a GPU only, and only for one decay per head without an erase term: its kernels for the other
+        structures have so far run in Triton's interpreter alone.
 
     Raises
     ------
@@ -47,7 +48,8 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
         If the name is unknown or the named kernel does not serve this recurrence; says why.
     """
     if backend == "auto":
-        names = BACKENDS if recurrence.v.is_cuda else BACKENDS[1:]
+        proven = recurrence.v.is_cuda and recurrence.scalar_decay and not recurrence.erases
+        names = BACKENDS if proven else BACKENDS[1:]
         return next(name for name in names if _kernel(name).supports(recurrence) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of: auto, {', '.join(BACKENDS)}")
