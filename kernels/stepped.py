@@ -15,7 +15,8 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from .interface import ScanOutput, Steps
+from .interface import Attribution, ScanOutput, Steps
+from .reference import nearest
 
 ENTRIES = {"cpu": 2**20, "cuda": 2**26}
 """Entries of the states held at once, by device."""
@@ -95,16 +96,19 @@ def _erase(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]
 
 
 def probe(
-    recurrence: Recurrence, state: Tensor, after: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attribute the state at a probe to earlier writes, where none erases.
+    recurrence: Recurrence, state: Tensor, query: Tensor, after: Tensor | None, dtype: torch.dtype
+) -> Attribution:
+    """Attribute the state at a probe, and what the query reads of it, to earlier writes, where none erases.
 
     See :func:`statescope.kernels.reference.probe`.
     """
     r, state = recurrence, state.to(dtype)
     energy = state.square().sum((-2, -1))
-    contribution = torch.empty(r.v.shape[:3], dtype=dtype, device=state.device)
-    share = torch.empty_like(contribution)
+    query = query.to(dtype).repeat_interleave(r.heads // r.groups, 1)[..., None]
+    output = (query * state).sum(-2)
+    output_norm = output.norm(dim=-1)
+    along = output / output_norm.square()[..., None]
+    found = torch.empty((5, *r.v.shape[:3]), dtype=dtype, device=state.device)
     later = torch.zeros((), dtype=dtype, device=state.device)
     if after is not None:
         later = _of_entries(after[:, None])[:, 0].double()
@@ -113,12 +117,30 @@ def probe(
         log_decay = _of_entries(part.log_decay.double())
         remaining = log_decay.flip(1).cumsum(1).flip(1)
         survives = (remaining - log_decay + later[:, None] if later.ndim else remaining - log_decay).to(dtype)
-        written = _written(part, dtype) * survives.exp()
-        contribution[:, first:stop] = torch.linalg.matrix_norm(written)
-        share[:, first:stop] = (written * state[:, None]).sum((-2, -1)) / energy[:, None]
+        keys, v = _heads(part, part.k).to(dtype)[..., None] * survives.exp(), part.v.to(dtype)
+        if part.write_scale is not None:
+            keys = keys * part.write_scale.to(dtype)[..., None, None]
+        written, attention = keys * v[..., None, :], (query[:, None] * keys).sum(-2)
+        read = attention * v
+        rows = (
+            torch.linalg.matrix_norm(written),
+            (written * state[:, None]).sum((-2, -1)) / energy[:, None],
+            nearest(attention, v),
+            read.norm(dim=-1),
+            (read * along[:, None]).sum(-1),
+        )
+        for row, values in zip(found, rows, strict=True):
+            row[:, first:stop] = values
         later = later + remaining[:, 0]
-    before = (r.start_state(dtype) * later.to(dtype).exp() * state).sum((-2, -1)) / energy
-    return contribution, share, before
+    left = r.start_state(dtype) * later.to(dtype).exp()
+    return Attribution._make(
+        [
+            *found,
+            (left * state).sum((-2, -1)) / energy,
+            ((query * left).sum(-2) * along).sum(-1),
+            output_norm,
+        ]
+    )
 
 
 def _blocks(r: Recurrence) -> Iterator[tuple[int, int]]:

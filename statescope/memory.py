@@ -10,7 +10,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from statescope.layout import Layout
-from statescope.schema import COORDINATES, Variable, group_variables
+from statescope.schema import COORDINATES, PER_PROBE, Variable, group_variables
 
 
 class MemoryRecord:
@@ -33,7 +33,7 @@ class MemoryRecord:
         for group in layout.groups():
             for name, variable in group_variables(group, layout.window).items():
                 shape = tuple(layout.size(group, d) for d in variable.dims)
-                partly = name in ("contribution", "share")  # tokens out of a probe's reach are not written
+                partly = variable.dims == PER_PROBE  # tokens out of a probe's reach are not written
                 self._arrays[f"{group}/{name}"] = (
                     np.full(shape, np.nan, variable.dtype) if partly else np.empty(shape, variable.dtype)
                 )

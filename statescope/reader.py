@@ -14,7 +14,7 @@ from statescope import caches
 from statescope.adapters import Call
 from statescope.capture import Handler, capture, mixers
 from statescope.carry import Carry
-from statescope.measured import STEPS, Measured, Sink, suspect
+from statescope.measured import ATTRIBUTED, OF_PROBE, STEPS, Measured, Sink, suspect
 from statescope.recurrence import Recurrence
 from statescope.scan import ScanOutput, Steps, choose, probe, scan, token_loss, transition
 from statescope.watch import Watch, thin
@@ -203,6 +203,7 @@ class _Segment:
             )
             for p, state in zip(probes, output.states.unbind(1), strict=True):
                 self.carry.probe_states[layer, p] = state
+                self.carry.probe_queries[layer, p] = recurrence.q[:, p - self.start].clone()
                 if recurrence.erases:
                     until = recurrence.between(0, p + 1 - self.start, None)
                     self.carry.probe_maps[layer, p] = transition(until)
@@ -269,11 +270,12 @@ class _Segment:
         inside = p < self.stop
         after = None if inside else self._until_probe(layer, r, p)
         state = states[p] if inside else self.carry.probe_states[layer, p]
-        contribution, share, before = probe(part, state, after)
-        found = torch.stack([self._of_heads(contribution), self._of_heads(share)])
-        measured.fields["probes", p] = (first, found)
+        query = r.q[:, p - self.start] if inside else self.carry.probe_queries[layer, p]
+        found = probe(part, state, query, after)._asdict()
+        stacked = [torch.stack([self._of_heads(found[n]) for n in names]) for names in (ATTRIBUTED, OF_PROBE)]
+        measured.fields["probes", p] = (first, stacked[0])
         if first == reach_start:
-            measured.share_before[p] = self._of_heads(before)
+            measured.of_probe[p] = stacked[1]
 
     def _until_probe(self, layer: int, r: Recurrence, p: int) -> Tensor:
         """What happens from the end of this segment to a later probe; see :func:`statescope.scan.probe`."""

@@ -8,11 +8,22 @@ from typing import cast
 
 from torch import Tensor
 
-from statescope.kernels.interface import Kernel, ScanOutput, Steps
+from statescope.kernels.interface import Attribution, Kernel, ScanOutput, Steps
 from statescope.kernels.loss import token_loss
 from statescope.recurrence import Recurrence
 
-__all__ = ["BACKENDS", "Kernel", "ScanOutput", "Steps", "choose", "probe", "scan", "token_loss", "transition"]
+__all__ = [
+    "Attribution",
+    "BACKENDS",
+    "Kernel",
+    "ScanOutput",
+    "Steps",
+    "choose",
+    "probe",
+    "scan",
+    "token_loss",
+    "transition",
+]
 
 BACKENDS = ("fused", "chunked", "reference")
 """Kernels by name, the preferred first: Triton on a GPU, torch, float64 token by token."""
@@ -70,13 +81,11 @@ def scan(
     return kernel.scan(recurrence, outputs=outputs, measure=measure, positions=positions)
 
 
-def probe(
-    recurrence: Recurrence, state: Tensor, after: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attribute the state at a probe to earlier writes; see :func:`statescope.kernels.chunked.probe`."""
+def probe(recurrence: Recurrence, state: Tensor, query: Tensor, after: Tensor | None = None) -> Attribution:
+    """Attribute a probe's state and output to writes; see :func:`statescope.kernels.chunked.probe`."""
     from statescope.kernels import chunked
 
-    return chunked.probe(recurrence, state, after)
+    return chunked.probe(recurrence, state, query, after)
 
 
 def transition(recurrence: Recurrence) -> Tensor:

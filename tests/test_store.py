@@ -21,7 +21,7 @@ import statescope
 from statescope import record
 from statescope.kernels.interface import Steps
 from statescope.layout import Layout, shard_tokens
-from statescope.schema import ROOT_ATTRIBUTES, group_variables
+from statescope.schema import READ_BY_QUERY, ROOT_ATTRIBUTES, group_variables
 from statescope.store import RecordWriter
 from statescope.watch import Watch, thin
 
@@ -322,3 +322,19 @@ def test_one_token(model: nn.Module) -> None:
     np.testing.assert_array_equal(steps.write_overlap, 0)
     np.testing.assert_allclose(trace["probes"].share, 1, rtol=1e-5)
     np.testing.assert_allclose(trace["probes"].contribution.squeeze("probe"), steps.write_norm, rtol=1e-6)
+
+
+def test_early_records_open_without_what_came_later(model: nn.Module, tmp_path: Path) -> None:
+    """Of the variables that were added, none need be there; some without the others are damage."""
+    place = tmp_path / "run.zarr"
+    text = ids(30)
+    want = statescope.trace(model, text, store=place, probes=[-1], segment=16)
+    early = zarr.open_group(place)["probes"]
+    for left, name in enumerate(READ_BY_QUERY, 1 - len(READ_BY_QUERY)):
+        del early[name]
+        if left:
+            with pytest.raises(ValueError, match="lacks probes/"):
+                statescope.open(place)
+    got = statescope.open(place)
+    assert set(got["probes"].data_vars) == {"contribution", "share", "share_before"}
+    np.testing.assert_array_equal(got["probes"].share, want["probes"].share)

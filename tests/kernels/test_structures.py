@@ -94,8 +94,8 @@ def test_chunks_match_stepping(structure: str, time: int, initial: bool, dtype: 
     positions = sorted({0, time // 2, time - 1})
     want = reference.scan(r, positions=positions)
     assert_close(fields(chunked.scan(r, positions=positions)), fields(want), TOLERANCE[dtype])
-    state = want.final_state
-    for got, truth in zip(chunked.probe(r, state), reference.probe(r, state), strict=True):
+    state, query = want.final_state, r.q[:, -1]
+    for got, truth in zip(chunked.probe(r, state, query), reference.probe(r, state, query), strict=True):
         assert (got - truth).abs().max() <= 10 * TOLERANCE[dtype] * truth.abs().max().clamp(min=1.0)
 
 
@@ -130,14 +130,14 @@ def test_longer_than_a_block() -> None:
 @pytest.mark.parametrize("structure", ["per_key", "per_entry"])
 def test_stepped_in_blocks(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     r = draw(structure, 70, initial=True)
-    whole, kept = chunked.scan(r), chunked.probe(r, r.initial_state)
+    whole, kept = chunked.scan(r), chunked.probe(r, r.initial_state, r.q[:, 3])
     monkeypatch.setitem(stepped.ENTRIES, "cpu", 16 * r.batch * r.heads * r.key * r.value)
     positions = (3, 15, 16, 69)
     assert_close(
         fields(chunked.scan(r, positions=positions)), fields(reference.scan(r, positions=positions)), 1e-12
     )
     assert torch.equal(chunked.scan(r).final_state, whole.final_state)
-    for got, want in zip(chunked.probe(r, r.initial_state), kept, strict=True):
+    for got, want in zip(chunked.probe(r, r.initial_state, r.q[:, 3]), kept, strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -267,10 +267,35 @@ def test_splitting_changes_nothing(structure: str, time: int, cut: float, seed: 
 @given(structure=st.sampled_from(STRUCTURES), seed=st.integers(0, 99))
 def test_shares_sum_to_one(structure: str, seed: int) -> None:
     r = draw(structure, 40, initial=True, seed=seed)
-    state = reference.scan(r, measure=False).final_state
+    end = reference.scan(r.replace(skip=None), measure=False)
     for kernel in (reference, chunked):
-        _, share, before = kernel.probe(r, state)
-        torch.testing.assert_close(share.sum(1) + before, torch.ones_like(before), rtol=1e-9, atol=1e-9)
+        found = kernel.probe(r, end.final_state, r.q[:, -1])
+        pairs = ((found.share, found.share_before), (found.output_share, found.output_share_before))
+        for share, before in pairs:
+            torch.testing.assert_close(share.sum(1) + before, torch.ones_like(before), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.output_norm, end.y[:, -1].norm(dim=-1))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_output_of_one_write(structure: str) -> None:
+    """A recurrence is linear in its values: with all others 0, a token's part of the output is all of it."""
+    r = draw(structure, 30).replace(skip=None)
+    end = reference.scan(r, measure=False)
+    y, v = end.y[:, -1], r.v
+    for kernel in (reference, chunked):
+        found = kernel.probe(r, end.final_state, r.q[:, -1])
+        for i in (0, 11, 29):
+            alone = torch.zeros_like(v)
+            alone[:, i] = v[:, i]
+            part = reference.scan(r.replace(v=alone), measure=False).y[:, -1]
+            torch.testing.assert_close(found.output_contribution[:, i], part.norm(dim=-1))
+            torch.testing.assert_close(found.output_share[:, i], (part * y).sum(-1) / y.square().sum(-1))
+            nearest = (part * v[:, i]).sum(-1) / v[:, i].square().sum(-1)
+            torch.testing.assert_close(found.attention[:, i], nearest)
+            if structure != "per_entry":
+                torch.testing.assert_close(part, found.attention[:, i, :, None] * v[:, i])
+        zero = kernel.probe(r.replace(v=torch.zeros_like(v)), end.final_state, r.q[:, -1])
+        assert (zero.output_contribution == 0).all() and zero.attention.isfinite().all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -283,13 +308,20 @@ def test_probe_in_parts(structure: str, time: int, cut: float) -> None:
     middle = chunked.scan(r.between(0, at, r.initial_state), measure=False).final_state
     late = r.between(at, r.time, middle)
     after = chunked.transition(late) if r.erases else late.log_decay.sum(1)
-    early = chunked.probe(r.between(0, at, r.initial_state), state, after)
-    rest = chunked.probe(late, state)
-    whole = chunked.probe(r, state)
-    for i in (0, 1):
-        torch.testing.assert_close(torch.cat([early[i], rest[i]], 1), whole[i], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(early[2], whole[2], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(rest[2], early[1].sum(1) + early[2], rtol=1e-9, atol=1e-9)
+    query = r.q[:, -1]
+    early = chunked.probe(r.between(0, at, r.initial_state), state, query, after)
+    rest = chunked.probe(late, state, query)
+    whole = chunked.probe(r, state, query)
+    for name, want in whole._asdict().items():
+        first, second = getattr(early, name), getattr(rest, name)
+        joined = torch.cat([first, second], 1) if want.ndim == 3 else first
+        scale = max(1.0, float(want.abs().max()))
+        torch.testing.assert_close(joined, want, rtol=1e-9, atol=1e-11 * scale)
+    for kind in ("share", "output_share"):
+        share, before = getattr(early, kind), getattr(early, f"{kind}_before")
+        found = getattr(rest, f"{kind}_before")
+        scale = max(1.0, float(share.abs().max()))
+        torch.testing.assert_close(found, share.sum(1) + before, rtol=1e-9, atol=1e-9 * scale)
 
 
 @settings(max_examples=10, deadline=None)
