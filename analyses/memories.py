@@ -46,7 +46,7 @@ def memories(record: xr.DataTree, shape: tuple[int, int] | None = None) -> xr.Da
     growing; an age that grows with the text instead of settling; a coherence that grows: one direction takes
     the state over. After a token that is not finite, everything is NaN, as the state is. The age weighs
     tokens by what is left of their writes; DeciMamba's mean distance (arXiv 2406.14528) weighs them by what
-    the query reads, which a record does not hold. Source: derived.
+    the query reads (:func:`statescope.analyses.mean_distance`). Source: derived.
     """
     key, value = state_shape(record, shape)
     found = _memories(record, ("live_memories", "coherence", "age"))
