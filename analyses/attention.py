@@ -31,8 +31,8 @@ def implicit_attention(record: xr.DataTree) -> xr.DataArray:
     -------
     DataArray, (sequence, layer, probe, token, head)
         Signed, and not summing to 1: there is no softmax. As stored, lazily; NaN after the probe and before
-        its reach. Where every entry decays at its own rate (Mamba-1), each column of the value has a weight of
-        its own; there it is their mean, weighted by :math:`v_i^2`.
+        its reach. Where every entry decays at its own rate (Mamba-1), each column of the value has a weight
+        of its own; there it is their mean, weighted by :math:`v_i^2`.
 
     Notes
     -----
@@ -78,8 +78,8 @@ def recency_ratio(record: xr.DataTree, recent: int = RECENT) -> xr.DataArray:
     record : DataTree
         A record whose probes reach back to the start of the text.
     recent : int
-        :math:`r`, how many tokens count as recent, the probe included. The same number at every probe, so
-        that probes anywhere in the text can be compared; :func:`statescope.analyses.probe_reach` has the same.
+        :math:`r`, how many tokens count as recent, the probe included: the same number at every probe, as in
+        :func:`statescope.analyses.probe_reach`, so that probes anywhere in the text can be compared.
 
     Returns
     -------
@@ -113,8 +113,8 @@ def output_share_of(record: xr.DataTree, start: int, stop: int) -> xr.DataArray:
     Returns
     -------
     DataArray, (sequence, layer, probe, head)
-        Signed; over all tokens it is 1. Tokens after the probe have none; NaN where some are further back than
-        the probe's reach. The skip term, which bypasses the state, is not part of the output here.
+        Signed; over all tokens it is 1. Tokens after the probe have none; NaN where some are further back
+        than the probe's reach. The skip term, which bypasses the state, is not part of the output here.
 
     Notes
     -----
@@ -146,8 +146,8 @@ def interference(record: xr.DataTree, start: int, stop: int | None = None) -> xr
         ``interference``, with ``interference_low`` and ``interference_high``. Of a single token all three are
         the same, and exact. Of several a record knows their shares :math:`s` exactly, but of their joint norm
         only :math:`|s| \le \rho \le \sum_i |y_{ti}| / |y_t|`: the ends of that are the bounds, which always
-        hold, and in between stands what it is if their parts are orthogonal. Infinite where nothing of them is
-        read; NaN for tokens after the probe or before its reach.
+        hold, and in between stands what it is if their parts are orthogonal. Infinite where nothing of them
+        is read; NaN for tokens after the probe or before its reach.
 
     Notes
     -----
@@ -204,8 +204,8 @@ def effective_state_size(record: xr.DataTree, token: int, eps: float = 0.01) -> 
     .. math:: H = M_{t:,\,:t}, \qquad \#\{\sigma_j > \epsilon \sigma_1\}, \qquad
         \exp \Big( - \sum_j p_j \ln p_j \Big), \; p_j = \frac{\sigma_j}{\sum_l \sigma_l}
 
-    with :math:`\sigma` the singular values of the operator's block :math:`H`: how tokens from :math:`t` on read
-    those before.
+    with :math:`\sigma` the singular values of the operator's block :math:`H`: how tokens from :math:`t` on
+    read those before.
 
     Parameters
     ----------
@@ -237,7 +237,9 @@ def effective_state_size(record: xr.DataTree, token: int, eps: float = 0.01) -> 
     which needs a scale.
     """
     if str(record.attrs.get("structure", "")).startswith("decay per entry"):
-        raise ValueError("record decays per entry: each column of the value is read by an operator of its own")
+        raise ValueError(
+            "record decays per entry: each column of the value is read by an operator of its own"
+        )
     rows = probe_variable(record, "attention").transpose(*PER_PROBE)
     rows = rows.isel(probe=rows["probe"].values >= token)
     _check_rows(record, rows, token)
@@ -252,7 +254,9 @@ def effective_state_size(record: xr.DataTree, token: int, eps: float = 0.01) -> 
     return xr.Dataset(
         {
             name: xr.DataArray(x, coords, dims, attrs={"long_name": label, "units": "1"})
-            for name, x, label in zip(("effective_state_size", "entropy_state_size"), found, labels, strict=True)
+            for name, x, label in zip(
+                ("effective_state_size", "entropy_state_size"), found, labels, strict=True
+            )
         },
         attrs={"token": token, "probes": block.sizes["probe"]},
     )
@@ -265,8 +269,8 @@ def _check_rows(record: xr.DataTree, rows: xr.DataArray, token: int) -> None:
     last, reach = int(rows["probe"].values[-1]), reach_of(record)
     if reach <= last:
         raise ValueError(
-            f"record: the probe at {last} reaches back to token {last - reach + 1} only; trace with a reach of"
-            " all tokens"
+            f"record: the probe at {last} reaches back to token {last - reach + 1} only; trace with a reach"
+            " of all tokens"
         )
 
 

@@ -113,7 +113,8 @@ def state_rank(record: xr.DataTree, eps: float = 0.01) -> xr.Dataset:
     Trouble: a utilisation of 1 (no direction is left for what comes) or a stable rank near 1 (one direction
     drowns the rest). The effective rank has the form of the effective state size of arXiv 2504.19561, but
     of the state itself; that one is of the operator's blocks
-    (:func:`statescope.analyses.effective_state_size`). Sources: arXiv 2602.04852 and 2602.02195 (rank utilisation); Roy and Vetterli (2007) for the effective rank.
+    (:func:`statescope.analyses.effective_state_size`). Sources: arXiv 2602.04852 and 2602.02195 (rank
+    utilisation); Roy and Vetterli (2007) for the effective rank.
     """
 
     def ranks(state: Array) -> tuple[Array, ...]:

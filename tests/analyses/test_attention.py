@@ -109,7 +109,9 @@ def test_nothing_read_of_a_token_is_infinite_interference() -> None:
     for name, values in analyses.interference(record, 0).items():
         assert np.isposinf(values).all(), name
     middle, low, high = bound_interference(*(np.array(x) for x in (0.5, 0.8, 0.5)))
-    np.testing.assert_allclose([low, middle, high], 1)  # with half of the output it does not depend on the norm
+    np.testing.assert_allclose(
+        [low, middle, high], 1
+    )  # with half of the output it does not depend on the norm
 
 
 def test_closed_forms_of_a_constant_decay() -> None:
@@ -133,7 +135,11 @@ def test_effective_state_size_is_of_the_operators_block(truth: Truth) -> None:
     rows = np.stack([weights(truth, p)[:, :, :30] for p in range(30, 50)], -1)
     for place in np.ndindex(2, 2, 3):
         sigma = np.linalg.svd(rows[(*place[:2], slice(None), place[2])], compute_uv=False)
-        assert found["effective_state_size"].values[place] == (sigma > 1e-4 * sigma[0]).sum() <= truth.key.shape[-1]
+        assert (
+            found["effective_state_size"].values[place]
+            == (sigma > 1e-4 * sigma[0]).sum()
+            <= truth.key.shape[-1]
+        )
         p = sigma[:10] / sigma.sum()
         close(found["entropy_state_size"].values[place], np.exp(-(p * np.log(p)).sum()), rtol=1e-3)
     assert found.attrs == {"token": 30, "probes": 20}
@@ -141,7 +147,7 @@ def test_effective_state_size_is_of_the_operators_block(truth: Truth) -> None:
 
 
 def test_effective_state_size_in_closed_form() -> None:
-    """One key for all is one direction; orthogonal keys that are all asked for, alike, are as many as they."""
+    """One key for all is one direction; orthogonal keys all asked for are as many as they."""
     probes = tuple(range(8, 12))
     one = make_record(simple(np.log(0.9), np.ones((12, 1)), np.ones(1)), probes=probes)
     found = analyses.effective_state_size(one, 8)
