@@ -12,6 +12,7 @@ from statescope.analyses.attention import (
     output_share_of,
     recency_ratio,
 )
+from statescope.analyses.erase import erase
 from statescope.analyses.forgetting import forgetting, memory_span
 from statescope.analyses.loss import loss_by_position
 from statescope.analyses.memories import live_memories, memories
@@ -26,6 +27,7 @@ from statescope.analyses.state import norm_budget, overload_growth, overload_rat
 __all__ = [
     "contribution_of",
     "effective_state_size",
+    "erase",
     "forgetting",
     "head_reach",
     "implicit_attention",

@@ -104,7 +104,8 @@ def _erasing(
             plain = r.replace(v=values, write_scale=None, a=None, skip=None)
             found = scan(plain, outputs=outputs, measure=measure, positions=positions)
             y = None if found.y is None else _with_skip(r, found.y)
-            return ScanOutput(y, found.steps, found.states, found.final_state)
+            erased = delta.erased(r, values) if measure else None
+            return ScanOutput(y, found.steps, found.states, found.final_state, erased)
     return reference.scan(r, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
 
 

@@ -61,6 +61,23 @@ def written_values(recurrence: Recurrence, dtype: torch.dtype, block: int) -> Te
     return values
 
 
+def erased(recurrence: Recurrence, values: Tensor) -> Tensor:
+    """Return what :class:`statescope.kernels.interface.ScanOutput` calls so, (2, batch, time, heads).
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        With the delta rule's erase term.
+    values : Tensor, (batch, time, heads, value)
+        The value every token writes; less the one it was given, it is what it erases.
+    """
+    r, dtype = recurrence, values.dtype
+    assert r.a is not None
+    given = r.v.to(dtype) if r.write_scale is None else r.v.to(dtype) * r.write_scale.to(dtype)[..., None]
+    key = r.k.to(dtype).norm(dim=-1).repeat_interleave(r.heads // r.groups, 2)
+    return torch.stack([key * (values - given).norm(dim=-1), -r.a.to(dtype) * key.square()])
+
+
 def probe(
     recurrence: Recurrence,
     state: Tensor,

@@ -44,7 +44,7 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class ScanOutput:
-    """What a scan yields.
+    r"""What a scan yields.
 
     Attributes
     ----------
@@ -56,12 +56,17 @@ class ScanOutput:
         The state after each requested position, in the order they were given.
     final_state : Tensor, (batch, heads, key, value)
         The state after the last token.
+    erased : Tensor or None, (2, batch, time, heads)
+        Under the delta rule, where it was measured: the norm of what every token erases,
+        :math:`|a_t k_t k_t^\top D_t|_F`, and the part of what its key reads that this is,
+        :math:`-a_t |k_t|^2`.
     """
 
     y: Tensor | None
     steps: Steps | None
     states: Tensor
     final_state: Tensor
+    erased: Tensor | None = None
 
 
 class Attribution(NamedTuple):

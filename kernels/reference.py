@@ -43,6 +43,7 @@ def scan(
     state = r.start_state(dtype)
     ys: list[Tensor] = []
     rows: list[tuple[Tensor, ...]] = []
+    erased: list[Tensor] = []
     kept: dict[int, Tensor] = {}
     wanted = set(positions)
     for t in range(r.time):
@@ -53,6 +54,11 @@ def scan(
             ys.append(y if r.skip is None else y + r.skip[:, None] * r.v[:, t])
         if measure:
             rows.append(_measure(r.log_decay[:, t], decayed, update, state))
+        if measure and r.delta_rule:
+            assert r.a is not None
+            k = _heads(r, r.k[:, t])
+            read = r.a[:, t, :, None] * torch.einsum("bhk,bhkv->bhv", k, decayed)
+            erased.append(torch.stack([k.norm(dim=-1) * read.norm(dim=-1), -r.a[:, t] * k.square().sum(-1)]))
         if t in wanted:
             kept[t] = state.clone()
     return ScanOutput(
@@ -60,6 +66,7 @@ def scan(
         steps=Steps(*(_stack(list(c), r.v[..., 0]) for c in zip(*rows, strict=True))) if measure else None,
         states=torch.stack([kept[p] for p in positions], 1) if positions else state[:, None][:, :0],
         final_state=state,
+        erased=torch.stack(erased, 2) if erased else None,
     )
 
 

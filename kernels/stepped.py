@@ -15,6 +15,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
+from . import delta
 from .interface import Attribution, ScanOutput, Steps
 from .reference import nearest
 
@@ -47,12 +48,13 @@ def scan(
     state = r.start_state(dtype)
     y = torch.empty(r.v.shape, dtype=dtype, device=state.device) if outputs else None
     steps: list[Steps] = []
+    erased: list[Tensor] = []
     kept: dict[int, Tensor] = {}
     for first, stop in _blocks(r):
         part = r.between(first, stop, None)
         log_decay = _of_entries(part.log_decay.to(dtype))
         decay = log_decay.exp()
-        states, update = (_erase if r.erases else _add)(part, state, decay)
+        states, update, values = (_erase if r.erases else _add)(part, state, decay)
         state = states[-1]
         after = states[1:].transpose(0, 1)
         if y is not None:
@@ -60,6 +62,8 @@ def scan(
             y[:, first:stop] = (q[:, :, :, None] @ after)[:, :, :, 0]
         if measure:
             steps.append(_measure(log_decay, states[:-1].transpose(0, 1) * decay, update, after))
+        if measure and values is not None:
+            erased.append(delta.erased(part, values))
         kept |= {p: after[:, p - first].clone() for p in positions if first <= p < stop}
     if y is not None and r.skip is not None:
         y.addcmul_(r.v.to(dtype), r.skip.to(dtype)[:, None])
@@ -68,31 +72,33 @@ def scan(
         steps=Steps.concatenate(steps) if measure else None,
         states=torch.stack([kept[p] for p in positions], 1) if positions else state[:, None][:, :0],
         final_state=state.clone(),
+        erased=torch.cat(erased, 2) if erased else None,
     )
 
 
-def _add(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+def _add(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, None]:
     """Return the states, (time + 1, batch, heads, key, value), and what every token adds, batch first."""
     update = _written(r, state.dtype)
     states = torch.empty((r.time + 1, *state.shape), dtype=state.dtype, device=state.device)
     states[0] = state
     for t in range(r.time):
         torch.addcmul(update[:, t], states[t], decay[:, t], out=states[t + 1])
-    return states, update
+    return states, update, None
 
 
-def _erase(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """The same where what a token adds is known once it has read the decayed state."""
+def _erase(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where what a token adds is known once it has read the decayed state; and the values."""
     assert r.a is not None
     k, a, values = _heads(r, r.k).to(state.dtype), r.a.to(state.dtype)[..., None], _scaled(r, state.dtype)
+    written = torch.empty_like(values)
     states = torch.empty((r.time + 1, *state.shape), dtype=state.dtype, device=state.device)
     update = torch.empty((r.batch, r.time, *state.shape[1:]), dtype=state.dtype, device=state.device)
     states[0] = state
     for t in range(r.time):
         decayed = torch.mul(states[t], decay[:, t], out=states[t + 1])
-        value = values[:, t] + a[:, t] * (k[:, t, :, None] @ decayed)[:, :, 0]
+        value = torch.add(values[:, t], a[:, t] * (k[:, t, :, None] @ decayed)[:, :, 0], out=written[:, t])
         decayed += torch.mul(k[:, t, ..., None], value[:, :, None], out=update[:, t])
-    return states, update
+    return states, update, written
 
 
 def probe(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from statescope.layout import Layout, shard_tokens
 from statescope.models import digest, settings_of
 from statescope.reader import Anatomy, Edit
-from statescope.schema import SCHEMA_VERSION, group_variables
+from statescope.schema import SCHEMA_VERSION
 from statescope.watch import Watch
 
 
@@ -49,6 +49,7 @@ class Plan:
             snapshots=self.watch.snapshots,
             probes=self.watch.probes,
             shard=shard_tokens(row, self.segment),
+            erases=self.anatomy.structure.endswith("delta rule"),
         )
 
     def stop_after(self, start: int) -> int:
@@ -106,7 +107,7 @@ class Plan:
         settings = [
             asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
             tuple(self.ids.shape), settings_of(self.model),
-            [group_variables(group) for group in self.layout.groups()],
+            [self.layout.variables(group) for group in self.layout.groups()],
         ]  # fmt: skip
         hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return hashed.hexdigest()

@@ -11,6 +11,7 @@ import zarr
 
 from statescope.schema import (
     COORDINATES,
+    ERASED,
     GROUPS,
     READ_BY_QUERY,
     ROOT_ATTRIBUTES,
@@ -94,10 +95,11 @@ def _validated(store: Any) -> zarr.Group:
 
 
 def _expected(root: zarr.Group, group: str, window: int) -> dict[str, Variable]:
-    """Variables a group must have: those of its probes that came later all together, or none of them."""
-    variables = group_variables(group, window)
-    if group == "probes" and not any(f"{group}/{name}" in root for name in READ_BY_QUERY):
-        return {name: v for name, v in variables.items() if name not in READ_BY_QUERY}
+    """Variables a group must have: those that came later all together, or none of them."""
+    variables = group_variables(group, window, erases=True)
+    for added in (READ_BY_QUERY, tuple(ERASED)):
+        if not any(f"{group}/{name}" in root for name in added):
+            variables = {name: v for name, v in variables.items() if name not in added}
     return variables
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from statescope.layout import Layout
 from statescope.measured import ATTRIBUTED, LOSS, OF_PROBE, Field, Measured, Suspect, place_of_nonfinite
-from statescope.schema import group_variables
 from statescope.watch import Watch
 
 WRITERS = max(2, min(8, os.cpu_count() or 1))
@@ -269,7 +268,7 @@ class Recorder:
         ]
 
     def _variables(self, kind: str) -> Sequence[str]:
-        return ATTRIBUTED if kind == "probes" else [*group_variables(kind, self._watch.window)]
+        return ATTRIBUTED if kind == "probes" else [*self._layout.variables(kind)]
 
     def _shard(self, name: Field, layers: int) -> Tensor:
         at, variables = self._now.fields[name], len(self._variables(name[0]))

@@ -81,6 +81,12 @@ READ_BY_QUERY = ("attention", "output_contribution", "output_share", "output_sha
 
 STATE_NORM_MAX = Variable(PER_STEP, "largest Frobenius norm of the state within the window", "1")
 
+ERASED: dict[str, Variable] = {
+    "erase_norm": Variable(PER_STEP, "norm of what this token erases along its key", "1"),
+    "erase_strength": Variable(PER_STEP, "part erased of what the key reads", "1"),
+}
+"""Variables of ``steps`` of models with the delta rule; early records have neither."""
+
 COORDINATES: dict[str, Variable] = {
     "sequence": Variable(("sequence",), "sequence of the batch", "1", "int64"),
     "layer": Variable(("layer",), "depth in the model", "1", "int64"),
@@ -94,9 +100,11 @@ COORDINATES: dict[str, Variable] = {
 """Coordinates by dimension."""
 
 
-def group_variables(group: str, window: int = 1) -> dict[str, Variable]:
-    """List the variables of a group, thinned ones included."""
+def group_variables(group: str, window: int = 1, erases: bool = False) -> dict[str, Variable]:
+    """List the variables of a group, those of windows and of the delta rule included."""
     variables = dict(GROUPS[group])
     if group == "steps" and window > 1:
         variables["state_norm_max"] = STATE_NORM_MAX
+    if group == "steps" and erases:
+        variables |= ERASED
     return variables

@@ -171,7 +171,15 @@ def _run(
     kept: bytes | None = None,
 ) -> dict[str, Any]:
     """Read, measure and record; return the record's attributes."""
-    reader = Reader(plan.model, plan.ids, plan.watch, plan.anatomy.backend, plan.own_outputs, plan.edit)
+    reader = Reader(
+        plan.model,
+        plan.ids,
+        plan.watch,
+        plan.anatomy.backend,
+        plan.own_outputs,
+        plan.edit,
+        plan.layout.erases,
+    )
     tokens = plan.ids.shape[1]
     carry = Carry.fresh(plan.model) if kept is None else Carry.from_bytes(kept, plan.model, reader.device)
     ahead = plan.tokens_to_read_ahead() if kept is None else 0

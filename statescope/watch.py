@@ -166,6 +166,26 @@ def thin(steps: Steps, window: int) -> dict[str, Tensor]:
     }
 
 
+def thin_erased(erased: Tensor, window: int) -> Tensor:
+    r"""Keep one entry for every ``window`` tokens of what the delta rule erases.
+
+    Over the tokens of a window: ``erase_norm`` :math:`= \sqrt{\sum |E_t|^2}`; ``erase_strength``, the mean.
+
+    Parameters
+    ----------
+    erased : Tensor, (2, batch, time, heads)
+        See :class:`statescope.kernels.interface.ScanOutput`.
+    window : int
+        Tokens of one entry; 1 keeps everything.
+    """
+    if window == 1:
+        return erased
+    norm, strength = erased.double()
+    width = _sums(torch.ones_like(strength), window)
+    thinned = torch.stack([_sums(norm.square(), window).sqrt(), _sums(strength, window) / width])
+    return thinned.to(erased.dtype)
+
+
 def _windows(x: Tensor, window: int, fill: float) -> Tensor:
     missing = -x.shape[1] % window
     return torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill).unflatten(1, (-1, window))

@@ -194,6 +194,7 @@ def test_segments_change_nothing(family: str, model: nn.Module) -> None:
     whole = statescope.trace(model, TEXT, segment=TOKENS, **WATCHED)
     assert whole["steps"].state_norm.std() > 1e-3
     assert whole.attrs["structure"].endswith(", delta rule") == (family in DELTA_RULE)
+    assert ("erase_norm" in whole["steps"]) == ("erase_strength" in whole["steps"]) == (family in DELTA_RULE)
     assert whole.attrs["structure"].startswith("decay per entry") == (family in MAMBA_1)
     for name in ("share", "output_share"):
         share = whole["probes"][name].sum("token") + whole["probes"][f"{name}_before"]

@@ -61,6 +61,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         snapshots=draw(positions),
         probes=draw(positions),
         shard=window * draw(st.integers(-(-tokens // (3 * window)), 8 + tokens // window)),
+        erases=draw(st.booleans()),
     )
 
 
@@ -69,7 +70,7 @@ def random_blocks(layout: Layout, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     blocks = {}
     for group in layout.groups():
-        for name, variable in group_variables(group, layout.window).items():
+        for name, variable in layout.variables(group).items():
             if variable.dtype == "float32":
                 shape = tuple(len(layout.coordinate(group, d)) for d in variable.dims)
                 values = (rng.standard_normal(shape) * 10.0 ** rng.integers(-38, 38, shape)).astype("f4")
@@ -107,7 +108,7 @@ def write_shard(
     """Write what is about a stretch of tokens."""
     for name, values in blocks.items():
         group, variable = name.split("/")
-        dims = group_variables(group, layout.window)[variable].dims
+        dims = layout.variables(group)[variable].dims
         at: dict[str, slice] = {}
         if group == "steps":
             at["token"] = slice(start // layout.window, -(-stop // layout.window))

@@ -59,11 +59,15 @@ def draw(
     return r.to(dtype)
 
 
+ERASED = ("erase_norm", "erase_strength")
+
+
 def fields(output: ScanOutput) -> dict[str, Tensor]:
     steps = output.steps
     assert steps is not None and output.y is not None
     named = {name: getattr(steps, name) for name in Steps.__dataclass_fields__}
-    return named | {"y": output.y, "final_state": output.final_state, "states": output.states}
+    named |= {"y": output.y, "final_state": output.final_state, "states": output.states}
+    return named if output.erased is None else named | dict(zip(ERASED, output.erased, strict=True))
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
@@ -147,7 +151,8 @@ def test_delta_rule_is_its_vectors(structure: str) -> None:
     r = draw(structure, 40, initial=True)
     a, b = r.erase_vectors()
     want = fields(reference.scan(r))
-    assert_close(fields(reference.scan(r.replace(a=a, b=b))), want, 1e-14)
+    general = fields(reference.scan(r.replace(a=a, b=b)))
+    assert_close(general, {name: want[name] for name in general}, 1e-14)
     beta = torch.rand(2, 40, 6, dtype=torch.float64)
     gated = r.replace(write_scale=beta, a=-beta)
     state, k = r.initial_state, r.k.repeat_interleave(2, 2)
@@ -158,6 +163,27 @@ def test_delta_rule_is_its_vectors(structure: str) -> None:
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
     for kernel in (reference, chunked):
         torch.testing.assert_close(kernel.scan(gated).final_state, state)
+        torch.testing.assert_close(kernel.scan(gated).erased[1], beta)  # keys are of norm 1
+
+
+@pytest.mark.parametrize("structure", ["delta", "per_key_delta"])
+def test_what_is_erased(structure: str) -> None:
+    """With values of 0 a token does nothing but erase: the norm of its update, and what that takes."""
+    r = draw(structure, 20, initial=True)
+    r = r.replace(v=torch.zeros_like(r.v), k=2 * r.k)
+    for kernel in (reference, chunked):
+        found = kernel.scan(r, positions=range(20))
+        norm, strength = found.erased
+        torch.testing.assert_close(norm, found.steps.write_norm)
+        before = torch.cat([r.initial_state[:, None], found.states[:, :-1]], 1)
+        decay = r.log_decay.exp()
+        decayed = decay.reshape(*decay.shape, *(1,) * (5 - decay.ndim)) * before
+        k = r.k.repeat_interleave(2, 2)[..., None, :]
+        reads = [(k @ x)[..., 0, :].norm(dim=-1) for x in (decayed, found.states)]
+        torch.testing.assert_close(reads[1], (1 - strength).abs() * reads[0])
+        taken = decayed.square().sum((-2, -1)) - found.states.square().sum((-2, -1))
+        torch.testing.assert_close(taken, (2 - strength) / strength * norm**2)
+        assert kernel.scan(r, measure=False).erased is None and kernel.scan(draw()).erased is None
 
 
 def test_parts_on_request() -> None:
