@@ -75,8 +75,8 @@ def trace(
     snapshots : int or sequence of int, optional
         Tokens after which the whole state is kept; negative ones count from the end.
     probes : int, sequence of int or Probes, optional
-        Tokens at which the state is attributed to the tokens that made it. Where that goes back over more
-        than one segment, the text is read once more, ahead of the trace.
+        Tokens at which the state, and what their query reads of it, is attributed to the tokens that made it.
+        Where that goes back over more than one segment, the text is read once more, ahead of the trace.
     window : int
         Tokens per entry of ``/steps``; see :func:`statescope.watch.thin`. Default 1.
     segment : int, optional
