@@ -10,6 +10,7 @@ from statescope.analyses.plots.failure import failure_figure
 from statescope.analyses.plots.loss import loss_figure
 from statescope.analyses.plots.overload import overload_figure
 from statescope.analyses.plots.passkey import PasskeyPanel, passkey_figure, passkey_map
+from statescope.analyses.plots.remembrance import remembrance_figure
 from statescope.analyses.plots.state import rank_figure, state_figure
 from statescope.analyses.plots.strip import token_strip
 
@@ -23,6 +24,7 @@ __all__ = [
     "passkey_figure",
     "passkey_map",
     "rank_figure",
+    "remembrance_figure",
     "retention_figure",
     "state_figure",
     "token_strip",

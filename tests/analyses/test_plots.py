@@ -307,6 +307,24 @@ def test_attention_figure_shows_where_heads_read() -> None:
             plots.attention_figure(KINDS["numpy"], **options)
 
 
+def test_remembrance_figure() -> None:
+    rng = np.random.default_rng(0)
+    values = np.sort(rng.random((2, 9, 4)), axis=-1)[..., ::-1].copy()
+    values[:, :3, 3] = np.nan
+    coords = {"length": [1, 8, 64, 512]}
+    attrs = {"model_id": "m", "train_length": 64, "tokens": 600}
+    found = xr.Dataset({"remembrance": (("sequence", "end", "length"), values)}, coords, attrs)
+    (ax,) = drawn(plots.remembrance_figure(found)).axes
+    mean, largest, training = ax.lines
+    np.testing.assert_allclose(mean.get_ydata(), np.nanmean(values, axis=(0, 1)))
+    np.testing.assert_allclose(largest.get_ydata(), np.nanmax(values, axis=(0, 1)))
+    assert training_lines(ax) == [64] and training.get_label() == "training length"
+    alone = found.isel(sequence=[0], end=[4]).assign_attrs(train_length=None)
+    assert len(drawn(plots.remembrance_figure(alone)).axes[0].lines) == 2
+    with pytest.raises(ValueError, match="found has no remembrance"):
+        plots.remembrance_figure(found.drop_vars("remembrance"))
+
+
 def test_failure_figure() -> None:
     path = Path(__file__).parents[2] / "notebooks" / "results" / "failure-n64.json"
     found = xr.Dataset.from_dict(json.loads(path.read_text(encoding="utf-8")))
