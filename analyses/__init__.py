@@ -4,6 +4,15 @@ What needs more is not imported here: figures (:mod:`statescope.analyses.plots`,
 passkey failure (:mod:`statescope.analyses.failure`, scikit-learn).
 """
 
+from statescope.analyses.attention import (
+    effective_state_size,
+    implicit_attention,
+    interference,
+    mean_distance,
+    output_share_of,
+    recency_ratio,
+)
+from statescope.analyses.erase import erase
 from statescope.analyses.forgetting import forgetting, memory_span
 from statescope.analyses.loss import loss_by_position
 from statescope.analyses.memories import live_memories, memories
@@ -17,20 +26,27 @@ from statescope.analyses.state import norm_budget, overload_growth, overload_rat
 
 __all__ = [
     "contribution_of",
+    "effective_state_size",
+    "erase",
     "forgetting",
     "head_reach",
+    "implicit_attention",
+    "interference",
     "live_memories",
     "loss_by_position",
+    "mean_distance",
     "memories",
     "memory_span",
     "needle_measures",
     "norm_budget",
+    "output_share_of",
     "overload",
     "overload_growth",
     "overload_ratio",
     "probe_reach",
     "read_answers",
     "recall_length",
+    "recency_ratio",
     "retention",
     "share_of",
     "state_extremes",

@@ -89,6 +89,18 @@ def state_shape(record: xr.DataTree, given: tuple[int, int] | None = None) -> tu
     return key, value
 
 
+def caveat(record: xr.DataTree) -> str:
+    """Say what measures of the decay leave out, by how this record's model forgets; nothing for Mamba-2."""
+    kind = str(record.attrs.get("structure", ""))
+    said = []
+    for each, many in (("key", "keys"), ("entry", "entries")):
+        if kind.startswith(f"decay per {each}"):
+            said.append(f"The decay is the mean over a head's {many}, some of which keep for longer.")
+    if "," in kind:
+        said.append("Erasing is left out: memories may be gone sooner.")
+    return " ".join(said)
+
+
 def until(dataset: xr.Dataset, token: int) -> xr.Dataset:
     """Keep the entries that end before a token."""
     return dataset.isel(token=slice(0, int((dataset["token"].values < token).sum())))

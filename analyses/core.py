@@ -153,6 +153,23 @@ def singular_values(state: Array) -> Array:
     return np.where(finite[..., None], values, np.nan)
 
 
+def ranks(sigma: Array, eps: float) -> tuple[Array, Array]:
+    """How many singular values count, and how many they effectively are (the exponential of their entropy).
+
+    Parameters
+    ----------
+    sigma : array, (..., value)
+        Singular values, largest first; NaN, and NaN comes out, where all are 0.
+    eps : float
+        Those below this part of the largest do not count.
+    """
+    sigma = np.where(sigma[..., :1] > 0, sigma, np.nan)
+    p = sigma / sigma.sum(-1, keepdims=True)
+    entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0 * p).sum(-1)
+    count = np.where(np.isnan(sigma[..., 0]), np.nan, (sigma > eps * sigma[..., :1]).sum(-1))
+    return count, np.exp(entropy)
+
+
 def bootstrap(units: Array, confidence: float, resamples: int = 1000, seed: int = 0) -> tuple[Array, Array]:
     """Bound the mean over units from both sides: percentile bootstrap with a fixed seed.
 

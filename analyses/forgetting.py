@@ -7,7 +7,7 @@ import math
 import numpy as np
 import xarray as xr
 
-from statescope.analyses.blocks import Array, blocks, by_layer, steps, window
+from statescope.analyses.blocks import Array, blocks, by_layer, caveat, steps, window
 from statescope.analyses.blocks import train_length as resolve
 from statescope.analyses.loss import loss_by_position
 from statescope.analyses.overload import overload
@@ -74,7 +74,10 @@ def memory_span(record: xr.DataTree, train_length: int | None = None, confidence
     spans = np.where(beyond, np.nan, spans)
     spans[0] = np.where(beyond, np.maximum(mean, found["token"].values[-1] / 2), spans[0])
     lengths = np.minimum(limit, 2 * spans / math.log(2)) + spans
-    result = xr.Dataset(coords={d: found[d] for d in ("layer", "head")})
+    result = xr.Dataset(
+        coords={d: found[d] for d in ("layer", "head")},
+        attrs={"train_length": limit, "caveat": caveat(record)},
+    )
     for name, label, values in (
         ("half_energy", "time in which a memory loses half its energy", spans),
         ("failing_length", "context at which the first memory is lost", lengths),
@@ -91,6 +94,9 @@ def forgetting(
     train_length: int | None = None,
     shape: tuple[int, int] | None = None,
     confidence: float = 0.95,
+    *,
+    judged: xr.Dataset | None = None,
+    span: xr.Dataset | None = None,
 ) -> xr.Dataset:
     r"""Judge by loss and by states whether a model has learned to forget, and say up to where it recalls.
 
@@ -109,6 +115,9 @@ def forgetting(
         Key and value size. Default: the record's own.
     confidence : float
         Of all intervals.
+    judged, span : Dataset, optional
+        What :func:`~statescope.analyses.overload` and :func:`memory_span` have found for the same record and
+        training length, so that it is not worked out again.
 
     Returns
     -------
@@ -130,13 +139,16 @@ def forgetting(
     between 576 and 640; in the passkeys' own filler 2,004 and 750, against 2,048 to 2,560 and 640 to 704.
     """
     limit = resolve(record, train_length)
-    judged = overload(record, limit, shape, confidence)
+    judged = overload(record, limit, shape, confidence) if judged is None else judged
+    span = memory_span(record, limit, confidence) if span is None else span
+    for name, given in (("judged", judged), ("span", span)):
+        if given.attrs["train_length"] != limit or not given["layer"].equals(steps(record)["layer"]):
+            raise ValueError(f"{name} is of another record, or a training length other than {limit}")
     ratio, exceeded = _loss_ratio(record, limit)
     known = judged.attrs["tokens"] > limit
     bad = judged["verdict"].isin(["overloaded", "not finite"]).any("sequence")
     by_loss = -1 if np.isnan(ratio) else int(ratio <= LOSS_FACTOR)
     by_state = int(not bad.any()) if known else -1
-    span = memory_span(record, limit, confidence)
     longest = span.isel(span["failing_length"].fillna(0).argmax(("layer", "head")))
     values = {
         "loss_ratio": (ratio, "largest loss beyond the training length over that inside", "1"),
@@ -151,7 +163,7 @@ def forgetting(
     result = xr.Dataset(
         {n: ((), v, {"long_name": long_name, "units": u}) for n, (v, long_name, u) in values.items()},
         {"layer": int(longest["layer"]), "head": int(longest["head"])},
-        {"train_length": limit, "tokens": judged.attrs["tokens"], "complete": judged.attrs["complete"]},
+        {name: judged.attrs[name] for name in ("train_length", "tokens", "complete", "caveat")},
     )
     result.attrs["sentence"] = _sentence(result, bool(longest["extrapolated"]))
     return result
@@ -241,5 +253,5 @@ def _sentence(result: xr.Dataset, extrapolated: bool) -> str:
         until = "there is too little to say how long it remembers"
     return (
         f"{start}After {tokens:,} tokens (training length {limit:,}) the model {by_loss} by its loss and"
-        f" {by_state} by its states; {until}."
+        f" {by_state} by its states; {until}. {result.attrs['caveat']}".rstrip()
     )

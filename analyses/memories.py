@@ -7,7 +7,7 @@ from typing import Any
 import xarray as xr
 
 from statescope.analyses import core
-from statescope.analyses.blocks import Array, Block, map_tokens, state_shape, steps
+from statescope.analyses.blocks import Array, Block, caveat, map_tokens, state_shape, steps
 
 LABELS = {
     "live_memories": ("live memories", "1"),
@@ -44,16 +44,17 @@ def memories(record: xr.DataTree, shape: tuple[int, int] | None = None) -> xr.Da
     -----
     Trouble: a load above 1 (more live memories than orthogonal directions to hold them apart) that goes on
     growing; an age that grows with the text instead of settling; a coherence that grows: one direction takes
-    the state over. After a token that is not finite, everything is NaN, as the state is. The age weighs
+    the state over. What survives is that of the decay alone (``attrs["caveat"]`` says what that leaves out).
+    After a token that is not finite, everything is NaN, as the state is. The age weighs
     tokens by what is left of their writes; DeciMamba's mean distance (arXiv 2406.14528) weighs them by what
-    the query reads, which a record does not hold. Source: derived.
+    the query reads (:func:`statescope.analyses.mean_distance`). Source: derived.
     """
     key, value = state_shape(record, shape)
     found = _memories(record, ("live_memories", "coherence", "age"))
     load = (found["live_memories"] / min(key, value)).assign_attrs(
         long_name="live memories over directions", units="1"
     )
-    return found.assign(load=load)
+    return found.assign(load=load).assign_attrs(caveat=caveat(record))
 
 
 def live_memories(record: xr.DataTree) -> xr.DataArray:

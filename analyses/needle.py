@@ -9,6 +9,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from statescope.analyses.attention import bound_interference
+from statescope.analyses.probes import probe_variable
 from statescope.analyses.state import overload_ratio
 
 MEASURES = {
@@ -17,6 +19,8 @@ MEASURES = {
     "share": "share of the needle in the state's energy at the question",
     "log_live_memories": "log number of writes after the needle that the state effectively holds",
     "log_interference": "log ratio of the norm of all other surviving writes to that of the needle's",
+    "output_share": "share of the needle in what the question reads of the state",
+    "log_output_interference": "log ratio of what the question reads of all else to that of the needle",
     "log_overload": "log ratio of the state's norm at the question to its largest inside the training length",
     "log_state_norm": "log norm of the state at the question",
 }
@@ -37,11 +41,13 @@ def needle_measures(
     .. math:: e_i = e^{G_t - G_i} |U_i|, \quad
         \text{contribution}^2 = \sum_{i \in needle} e_i^2, \quad
         \text{interference}^2 = \frac{\sum_{i \notin needle} e_i^2}{\sum_{i \in needle} e_i^2}, \quad
-        \text{live memories} = \frac{(\sum_{i > needle} e_i)^2}{\sum_{i > needle} e_i^2}
+        \text{live memories} = \frac{(\sum_{i > needle} e_i)^2}{\sum_{i > needle} e_i^2}, \quad
+        \text{output interference} =
+        \frac{|\sum_{i \notin needle} M_{ti} v_i|}{|\sum_{i \in needle} M_{ti} v_i|}
 
-    with :math:`t` the last token, :math:`G` the running sum of the log decay and :math:`|U_i|` the norm of
-    a write. Norms are added as if writes were orthogonal; ``share``, which is signed, needs no such
-    assumption.
+    with :math:`t` the last token, :math:`G` the running sum of the log decay, :math:`|U_i|` the norm of
+    a write and :math:`M_{ti}` the question's implicit attention. Norms are added as if writes, and parts of
+    the output, were orthogonal; ``share`` and ``output_share``, which are signed, need no such assumption.
 
     Parameters
     ----------
@@ -55,18 +61,19 @@ def needle_measures(
     Returns
     -------
     Dataset, (sequence, layer, head)
-        :data:`MEASURES`. All but ``share`` are natural logs, in nat, and finite whatever has decayed.
+        :data:`MEASURES`. All but the shares are natural logs, in nat, and finite whatever has decayed.
 
     Raises
     ------
     ValueError
-        If the record is windowed, is not probed at its end, or a needle does not lie within it before the
-        last token.
+        If the record is windowed, is not probed at its end, was made before probes kept what their query
+        reads, or a needle does not lie within it before the last token.
 
     Notes
     -----
-    Source: retention and interference after *Stuffed Mamba* (arXiv 2410.07145), eqs. 6 and 7; there the
-    query weighs the memories, here it does not, for it is not part of a record.
+    Source: retention and interference after *Stuffed Mamba* (arXiv 2410.07145), eqs. 6 and 7. There the query
+    weighs the memories: that is the output interference (:func:`statescope.analyses.interference`, which also
+    bounds it); the other is that of the memories as they are stored.
     """
     steps = record["steps"].to_dataset()
     tokens = steps.sizes["token"]
@@ -79,14 +86,24 @@ def needle_measures(
     since = log_decay.sum("token") - log_decay.cumsum("token")  # decay after each token, up to the last
     survives = since + _log(steps["write_norm"].drop_vars("token"))
     mine, others, later = (_log_sum(2 * survives, where) for where in (needle, ~needle, after))
-    share = record["probes"]["share"].isel(probe=-1, drop=True).drop_vars("token")
+    share, output_share, part, output = (
+        probe_variable(record, name).isel(probe=-1, drop=True).astype("float64")
+        for name in ("share", "output_share", "output_contribution", "output_norm")
+    )
+    share, output_share, part = (x.drop_vars("token").where(needle, 0.0) for x in (share, output_share, part))
+    read = output_share.sum("token")
+    sums = xr.broadcast(read, part.sum("token") / output, (part**2).sum("token") / output**2)
     norm = steps["state_norm"].isel(token=-1, drop=True)
     measures: dict[Hashable, Any] = {
         "log_retention": log_decay.where(after, 0.0).sum("token"),
         "log_contribution": mine / 2,
-        "share": share.where(needle, 0.0).sum("token"),
+        "share": share.sum("token"),
         "log_live_memories": 2 * _log_sum(survives, after) - later,
         "log_interference": (others - mine) / 2,
+        "output_share": read,
+        "log_output_interference": _log(
+            read.copy(data=bound_interference(*(x.values for x in sums))[0]).clip(max=1 / SMALLEST)
+        ),
         "log_overload": _log(overload_ratio(record, train_length).isel(token=-1, drop=True)),
         "log_state_norm": _log(norm),
     }

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from statescope.analyses import core
-from statescope.analyses.blocks import Array, blocks, by_layer, state_shape, steps, train_length
+from statescope.analyses.blocks import Array, blocks, by_layer, caveat, state_shape, steps, train_length
 from statescope.analyses.retention import KEPT, head_reach
 from statescope.analyses.state import largest_inside
 
@@ -110,6 +110,7 @@ def overload(
         "overloaded_above": OVERLOADED,
         "retains_above": KEPT,
         "confidence": confidence,
+        "caveat": caveat(record),
     }
     result.attrs["sentence"] = _sentence(result)
     return result

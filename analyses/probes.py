@@ -9,8 +9,7 @@ import numpy as np
 import xarray as xr
 
 from statescope.analyses.blocks import BLOCK_NUMBERS, Array, group
-
-PER_PROBE = ("sequence", "layer", "probe", "token", "head")
+from statescope.schema import PER_PROBE
 
 
 def share_of(record: xr.DataTree, start: int, stop: int) -> xr.DataArray:
@@ -35,7 +34,7 @@ def share_of(record: xr.DataTree, start: int, stop: int) -> xr.DataArray:
     -----
     Trouble: what must be recalled makes up next to nothing in every head. Source: derived.
     """
-    return _sum_over(record, "share", _between(record, start, stop), f"share of tokens {start} to {stop - 1}")
+    return sum_over(record, "share", between(record, start, stop), f"share of tokens {start} to {stop - 1}")
 
 
 def contribution_of(record: xr.DataTree, start: int, stop: int) -> xr.DataArray:
@@ -61,8 +60,8 @@ def contribution_of(record: xr.DataTree, start: int, stop: int) -> xr.DataArray:
     Source: derived.
     """
     label = f"surviving writes of tokens {start} to {stop - 1}"
-    chosen = _between(record, start, stop)
-    energy = _sum_over(record, "contribution", chosen, label, np.square)
+    chosen = between(record, start, stop)
+    energy = sum_over(record, "contribution", chosen, label, np.square)
     return (
         energy.copy(data=np.sqrt(energy.values))
         .rename("contribution")
@@ -95,13 +94,13 @@ def probe_reach(record: xr.DataTree, recent: int = 64) -> xr.Dataset:
     -----
     Trouble: a recency near 1 in every head (nothing else is left to read), or near 0 far beyond the training
     length (what was just read does not count). DeciMamba's mean distance (arXiv 2406.14528) and RecurFormer's
-    recency ratio have the same form with ``|M_ti|``, the decay times query on key, in the place of
-    :math:`e_i`: how a token is read. A record holds no queries; this is how it is stored.
+    recency ratio have the same form with ``|M_ti|`` in the place of :math:`e_i`, which weighs a token by how
+    it is read (:func:`statescope.analyses.mean_distance`); this is how it is stored.
     """
-    total = _sum_over(record, "contribution", lambda t, p: t <= p, "")
-    moment = _sum_over(record, "contribution", lambda t, p: t <= p, "", weight=lambda t, p: p - t)
-    near = _sum_over(record, "contribution", lambda t, p: (t <= p) & (t > p - recent), "")
-    share = _sum_over(record, "share", lambda t, p: (t <= p) & (t > p - recent), "")
+    total = sum_over(record, "contribution", lambda t, p: t <= p, "")
+    moment = sum_over(record, "contribution", lambda t, p: t <= p, "", weight=lambda t, p: p - t)
+    near = sum_over(record, "contribution", lambda t, p: (t <= p) & (t > p - recent), "")
+    share = sum_over(record, "share", lambda t, p: (t <= p) & (t > p - recent), "")
     labels = {
         "distance": ("mean distance of what the state holds", "token"),
         "recency": (f"part left by the last {recent} tokens", "1"),
@@ -120,14 +119,34 @@ Choice = Callable[[Array, Array], Array]
 """Which tokens (first argument, a column) are meant at which probes (second, a row)."""
 
 
-def _between(record: xr.DataTree, start: int, stop: int) -> Choice:
+def probe_variable(record: xr.DataTree, name: str) -> xr.DataArray:
+    """Return a variable of ``/probes``, lazily.
+
+    Raises
+    ------
+    ValueError
+        If there are no probes, or the record was made before they held this; says what to do.
+    """
+    probes = group(record, "probes")
+    if name not in probes:
+        raise ValueError(f"record has no probes/{name}: it was made before these were kept; trace again")
+    return probes[name]
+
+
+def reach_of(record: xr.DataTree) -> int:
+    """How many tokens, up to and including the probe, are attributed to."""
+    return int(json.loads(record.attrs["watch"])["reach"])
+
+
+def between(record: xr.DataTree, start: int, stop: int) -> Choice:
+    """Choose the tokens from ``start`` to ``stop - 1``, up to each probe."""
     tokens = int(record.attrs["tokens"])
     if not 0 <= start < stop <= tokens:
         raise ValueError(f"start={start}, stop={stop}; expected 0 <= start < stop <= {tokens}")
     return lambda t, p: (t >= start) & (t < stop) & (t <= p)
 
 
-def _sum_over(
+def sum_over(
     record: xr.DataTree,
     name: str,
     choice: Choice,
@@ -136,8 +155,7 @@ def _sum_over(
     weight: Choice = lambda t, p: np.ones(1),
 ) -> xr.DataArray:
     """Sum over the tokens a choice names; NaN where one of them has no value: none is left out in silence."""
-    variable = group(record, "probes")[name].transpose(*PER_PROBE)
-    reach = int(json.loads(record.attrs["watch"])["reach"])
+    variable, reach = probe_variable(record, name).transpose(*PER_PROBE), reach_of(record)
     probes = variable["probe"].values[None]
     total: Array = np.zeros([variable.sizes[d] for d in PER_PROBE if d != "token"])
     size = max(1, BLOCK_NUMBERS // max(1, total.size))

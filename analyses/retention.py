@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from statescope.analyses import core
-from statescope.analyses.blocks import Array, Block, blocks, by_layer, map_tokens, steps
+from statescope.analyses.blocks import Array, Block, blocks, by_layer, caveat, map_tokens, steps
 from statescope.analyses.blocks import train_length as resolve
 
 KEPT = 1 / math.e
@@ -43,7 +43,9 @@ def retention(record: xr.DataTree, token: int, at: int | None = None) -> xr.Data
 
     Notes
     -----
-    Trouble: near 1 over the whole training length, for many heads: nothing is ever forgotten. Source:
+    Trouble: near 1 over the whole training length, for many heads: nothing is ever forgotten. It is that of
+    the decay: where keys or entries decay at their own rates, of its mean in nat; what a model erases is left
+    out (``attrs["caveat"]`` says so; :func:`statescope.analyses.contribution_of` counts all of it). Source:
     *Stuffed Mamba* (arXiv 2410.07145), eq. 6 (whose printed product starts at 1, a misprint).
     """
     found = steps(record)
@@ -61,7 +63,7 @@ def retention(record: xr.DataTree, token: int, at: int | None = None) -> xr.Data
         shape = tuple(found.sizes[d] for d in dims)
         total = np.concatenate([np.broadcast_to(s, (shape[0], 1, shape[2])) for s in sums], axis=1)
         kept = xr.DataArray(np.exp(total), {d: found[d] for d in dims}, dims, "retention")
-        return kept.assign_attrs(long_name=label, units="1")
+        return kept.assign_attrs(long_name=label, units="1", caveat=caveat(record))
 
     def decay(block: Block, carry: Any) -> tuple[tuple[Array, ...], Any]:
         later = (block["last"] > token)[:, None]
@@ -71,7 +73,7 @@ def retention(record: xr.DataTree, token: int, at: int | None = None) -> xr.Data
     curve = map_tokens(
         found.isel(token=slice(start, None)), ("log_decay",), decay, {"retention": (label, "1")}
     )
-    return curve["retention"]
+    return curve["retention"].assign_attrs(caveat=caveat(record))
 
 
 def time_scales(record: xr.DataTree) -> xr.Dataset:
@@ -165,7 +167,8 @@ def head_reach(record: xr.DataTree, train_length: int | None = None, threshold: 
     kept: xr.DataArray = np.exp(-np.log(2) * length / half_life)
     attrs = {"long_name": f"retention over {length} tokens", "units": "1"}
     is_global = (kept > threshold).assign_attrs(long_name=f"keeps more than {threshold:.3g}", units="1")
-    return xr.Dataset({"retention": kept.assign_attrs(attrs), "is_global": is_global})
+    found = {"retention": kept.assign_attrs(attrs), "is_global": is_global}
+    return xr.Dataset(found, attrs={"caveat": caveat(record)})
 
 
 def _decay_statistics(layer: xr.Dataset) -> tuple[Array, Array]:

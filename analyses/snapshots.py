@@ -112,18 +112,17 @@ def state_rank(record: xr.DataTree, eps: float = 0.01) -> xr.Dataset:
     -----
     Trouble: a utilisation of 1 (no direction is left for what comes) or a stable rank near 1 (one direction
     drowns the rest). The effective rank has the form of the effective state size of arXiv 2504.19561, but
-    of the state itself; that one is of the operator's blocks, which need queries and keys. Sources: arXiv
-    2602.04852 and 2602.02195 (rank utilisation); Roy and Vetterli (2007) for the effective rank.
+    of the state itself; that one is of the operator's blocks
+    (:func:`statescope.analyses.effective_state_size`). Sources: arXiv 2602.04852 and 2602.02195 (rank
+    utilisation); Roy and Vetterli (2007) for the effective rank.
     """
 
     def ranks(state: Array) -> tuple[Array, ...]:
         sigma = core.singular_values(state)
         sigma = np.where(sigma[..., :1] > 0, sigma, np.nan)
-        p = sigma / sigma.sum(-1, keepdims=True)
-        entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0 * p).sum(-1)
-        count = np.where(np.isnan(sigma[..., 0]), np.nan, (sigma > eps * sigma[..., :1]).sum(-1))
+        count, effective = core.ranks(sigma, eps)
         stable = (sigma**2).sum(-1) / sigma[..., 0] ** 2
-        return stable, count, sigma.sum(-1), np.exp(entropy), count / sigma.shape[-1]
+        return stable, count, sigma.sum(-1), effective, count / sigma.shape[-1]
 
     labels = {
         "stable_rank": ("stable rank", "1"),

@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 from statescope.recurrence import Recurrence
 
 from . import delta, erasing, keyed, reference, stepped
-from .interface import ScanOutput, Steps
+from .interface import Attribution, ScanOutput, Steps
 
 CHUNK, NARROW_CHUNK = 64, 32
 """Tokens of one matrix product; the narrow one for up to 32 keys, where states are cheap to pass on."""
@@ -120,17 +120,16 @@ def _delta_rule(r: Recurrence, dtype: torch.dtype, asked: dict[str, Any]) -> Sca
         return None
     found = scan(r.replace(v=values, write_scale=None, a=None, skip=None), **asked)
     y = None if found.y is None else _with_skip(r, found.y)
-    return ScanOutput(y, found.steps, found.states, found.final_state)
+    erased = delta.erased(r, values) if asked["measure"] else None
+    return ScanOutput(y, found.steps, found.states, found.final_state, erased)
 
 
-def probe(
-    recurrence: Recurrence, state: Tensor, after: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Attribute the state at a probe to the writes of earlier tokens.
+def probe(recurrence: Recurrence, state: Tensor, query: Tensor, after: Tensor | None = None) -> Attribution:
+    r"""Attribute the state at a probe, and what the query reads of it, to the writes of earlier tokens.
 
-    ``contribution`` :math:`= e^{G_p - G_t} |U_t|`, ``share`` :math:`= e^{G_p - G_t} w_t\,
-    k_t^\top S_p v_t / |S_p|^2`; shapes and other structures as
-    :func:`statescope.kernels.reference.probe`.
+    With one decay per head, ``contribution`` :math:`= e^{G_p - G_t} |U_t|`, ``share`` :math:`= e^{G_p -
+    G_t} w_t\, k_t^\top S_p v_t / |S_p|^2` and ``attention`` :math:`= e^{G_p - G_t} w_t\, k_t \cdot q_p`;
+    other structures as :func:`statescope.kernels.reference.probe`.
 
     Parameters
     ----------
@@ -138,19 +137,21 @@ def probe(
         Tokens up to the probe, or an earlier stretch.
     state : Tensor, (batch, heads, key, value)
         The state at the probe.
+    query : Tensor, (batch, groups, key)
+        The query there.
     after : Tensor, optional
         What happens from the end of this stretch to the probe; as there.
     """
     dtype = _working_dtype(recurrence)
     if recurrence.scalar_decay and recurrence.delta_rule:
-        return delta.probe(recurrence, state, after, dtype, block_tokens(recurrence))
+        return delta.probe(recurrence, state, query, after, dtype, block_tokens(recurrence))
     if recurrence.erases and recurrence.log_decay.ndim == 5:
-        return reference.probe(recurrence, state, after, dtype=dtype)
+        return reference.probe(recurrence, state, query, after, dtype=dtype)
     if recurrence.erases or not recurrence.scalar_decay:
         kernel = erasing if recurrence.erases else stepped if recurrence.log_decay.ndim == 5 else keyed
-        return kernel.probe(recurrence, state, after, dtype)
+        return kernel.probe(recurrence, state, query, after, dtype)
     r = recurrence.to(dtype)
-    state = state.to(dtype)
+    state, query = state.to(dtype), query.to(dtype)
     after = torch.zeros_like(r.v[:, 0, :, 0]) if after is None else after.to(dtype)
     # Summed from the end, so that what lies near the probe keeps its precision.
     decay = r.log_decay.flip(1).cumsum(1).flip(1)
@@ -162,11 +163,25 @@ def probe(
     grouped = state.unflatten(1, (r.groups, heads_per_group)).transpose(2, 3).flatten(3)
     read = torch.einsum("btgk,bgkx->btgx", r.k, grouped).unflatten(-1, (heads_per_group, r.value))
     share = survives * (read.flatten(2, 3) * r.v).sum(-1) / energy[:, None]
-    key_norm = r.k.norm(dim=-1).repeat_interleave(heads_per_group, -1)
-    contribution = survives.abs() * key_norm * r.v.norm(dim=-1)
-    start = r.start_state(dtype)
-    before = (decay[:, 0] + after).exp() * (start * state).sum((-2, -1)) / energy
-    return contribution, share, before
+    key_norm, read_key = r.k.norm(dim=-1), torch.einsum("btgk,bgk->btg", r.k, query)
+    key_norm, read_key = (x.repeat_interleave(heads_per_group, -1) for x in (key_norm, read_key))
+    value_norm = r.v.norm(dim=-1)
+    attention = survives * read_key
+    query = query.repeat_interleave(heads_per_group, 1)[:, :, None]
+    output = (query @ state)[:, :, 0]
+    output_norm = output.norm(dim=-1)
+    along = output / output_norm.square()[..., None]
+    start, left = r.start_state(dtype), (decay[:, 0] + after).exp()
+    return Attribution(
+        contribution=survives.abs() * key_norm * value_norm,
+        share=share,
+        attention=attention,
+        output_contribution=attention.abs() * value_norm,
+        output_share=attention * torch.einsum("bthv,bhv->bth", r.v, along),
+        share_before=left * (start * state).sum((-2, -1)) / energy,
+        output_share_before=left * ((query @ start)[:, :, 0] * along).sum(-1),
+        output_norm=output_norm,
+    )
 
 
 def transition(recurrence: Recurrence) -> Tensor:

@@ -27,6 +27,8 @@ from torch.nn.functional import pad
 
 from statescope.recurrence import Recurrence
 
+from .interface import Attribution
+
 CHUNK = 64
 """Tokens of one triangular system."""
 
@@ -59,15 +61,37 @@ def written_values(recurrence: Recurrence, dtype: torch.dtype, block: int) -> Te
     return values
 
 
+def erased(recurrence: Recurrence, values: Tensor) -> Tensor:
+    """Return what :class:`statescope.kernels.interface.ScanOutput` calls so, (2, batch, time, heads).
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        With the delta rule's erase term.
+    values : Tensor, (batch, time, heads, value)
+        The value every token writes; less the one it was given, it is what it erases.
+    """
+    r, dtype = recurrence, values.dtype
+    assert r.a is not None
+    given = r.v.to(dtype) if r.write_scale is None else r.v.to(dtype) * r.write_scale.to(dtype)[..., None]
+    key = r.k.to(dtype).norm(dim=-1).repeat_interleave(r.heads // r.groups, 2)
+    return torch.stack([key * (values - given).norm(dim=-1), -r.a.to(dtype) * key.square()])
+
+
 def probe(
-    recurrence: Recurrence, state: Tensor, after: Tensor | None, dtype: torch.dtype, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    recurrence: Recurrence,
+    state: Tensor,
+    query: Tensor,
+    after: Tensor | None,
+    dtype: torch.dtype,
+    block: int,
+) -> Attribution:
     r"""Attribute the state at a probe to the writes of earlier tokens, by chunks from the last to the first.
 
     What survives at the end of its chunk of the key of token ``t`` is row ``t`` of
     :math:`(I - M)^{-\top} \operatorname{diag}(e^{G_{end} - G_t}) K`, and a chunk takes the state that enters
     it through :math:`\Phi = e^{G_{end}} I + P^\top \operatorname{diag}(a_t e^{G_t}) K`, with :math:`P`
-    these rows.
+    these rows. The query reads what is left of a key as it reads the key itself.
 
     Parameters
     ----------
@@ -75,6 +99,8 @@ def probe(
         Tokens up to the probe, or an earlier stretch.
     state : Tensor, (batch, heads, key, value)
         The state at the probe.
+    query : Tensor, (batch, groups, key)
+        The query there.
     after : Tensor, (batch, heads, key, key), optional
         The map from the state at the end of this stretch to that at the probe; the identity if it ends there.
     dtype : torch.dtype
@@ -84,14 +110,17 @@ def probe(
 
     Returns
     -------
-    tuple of Tensor
+    Attribution
         As :func:`statescope.kernels.reference.probe`.
     """
     r, state = recurrence, state.to(dtype)
     grouped = state.unflatten(1, (r.groups, -1))
     energy = state.square().sum((-2, -1))
-    contribution = torch.empty(r.v.shape[:3], dtype=dtype, device=r.v.device)
-    share = torch.empty_like(contribution)
+    query = query.to(dtype)[:, :, None, :, None]  # b g 1 k 1, for every head of the group
+    output = (query.transpose(-2, -1) @ grouped)[..., 0, :]
+    output_norm = output.norm(dim=-1)
+    along = (output / output_norm.square()[..., None])[..., None]
+    found = torch.empty((5, *r.v.shape[:3]), dtype=dtype, device=r.v.device)
     survives = _identity(r, dtype) if after is None else after.to(dtype).unflatten(1, (r.groups, -1))
     for first, stop, chunks in _from_the_last(r, dtype, block):
         keys = chunks.surviving_keys()
@@ -99,11 +128,28 @@ def probe(
         for c in reversed(range(keys.shape[1])):
             keys[:, c] = torch.matmul(keys[:, c], survives.transpose(-2, -1))
             survives = torch.matmul(survives, maps[:, c])
-        contribution[:, first:stop] = chunks.tokens(keys.norm(dim=-1) * chunks.v.norm(dim=-1))
-        share[:, first:stop] = chunks.tokens((torch.matmul(keys, grouped[:, None]) * chunks.v).sum(-1))
-    start = r.start_state(dtype).unflatten(1, (r.groups, -1))
-    before = (torch.matmul(survives, start) * grouped).sum((-2, -1)).flatten(1)
-    return contribution, share / energy[:, None], before / energy
+        read, value_norm = (keys @ query[:, None])[..., 0], chunks.v.norm(dim=-1)
+        rows = (
+            keys.norm(dim=-1) * value_norm,
+            (torch.matmul(keys, grouped[:, None]) * chunks.v).sum(-1),
+            read,
+            read.abs() * value_norm,
+            read * (chunks.v @ along[:, None])[..., 0],
+        )
+        for row, values in zip(found, rows, strict=True):
+            row[:, first:stop] = chunks.tokens(values)
+    if r.write_scale is not None:
+        found[2] *= r.write_scale.to(dtype)  # the values of the chunks are scaled already
+    found[1] /= energy[:, None]
+    left = torch.matmul(survives, r.start_state(dtype).unflatten(1, (r.groups, -1)))
+    return Attribution._make(
+        [
+            *found,
+            (left * grouped).sum((-2, -1)).flatten(1) / energy,
+            ((query.transpose(-2, -1) @ left) @ along)[..., 0, 0].flatten(1),
+            output_norm.flatten(1),
+        ]
+    )
 
 
 def transition(recurrence: Recurrence, dtype: torch.dtype, block: int) -> Tensor:

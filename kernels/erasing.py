@@ -29,7 +29,7 @@ from statescope.recurrence import Recurrence
 
 from . import keyed
 from .decays import Decays
-from .interface import ScanOutput
+from .interface import Attribution, ScanOutput
 
 
 def scan(
@@ -95,8 +95,8 @@ def read_by_erase(recurrence: Recurrence, dtype: torch.dtype) -> Tensor:
 
 
 def probe(
-    recurrence: Recurrence, state: Tensor, after: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    recurrence: Recurrence, state: Tensor, query: Tensor, after: Tensor | None, dtype: torch.dtype
+) -> Attribution:
     r"""Attribute the state at a probe to the writes of earlier tokens, by chunks from the last to the first.
 
     With :math:`X = (I - M)^{-\top} A_{rem}`, where :math:`A_{rem}` holds :math:`a_t` decayed to the chunk's
@@ -104,22 +104,16 @@ def probe(
     enters it through :math:`\operatorname{diag}(e^{G_{end}}) + X^\top \operatorname{diag}(e^{G_{t-1}}) B`.
     Parameters and result as :func:`statescope.kernels.reference.probe`.
     """
-    r, state = recurrence, state.to(dtype)
-    energy = state.square().sum((-2, -1))
-    contribution = torch.empty(r.v.shape[:3], dtype=dtype, device=r.v.device)
-    share = torch.empty_like(contribution)
+    r = recurrence
+    probed = keyed.Probed(r, state, query, dtype)
     survives = _identity(r, dtype) if after is None else after.to(dtype)
     for first, stop, chunks in _from_the_last(r, dtype):
         keys, maps = chunks.surviving()
         for c in reversed(range(keys.shape[1])):
             keys[:, c] = keys[:, c] @ survives.transpose(-2, -1)
             survives = survives @ maps[:, c]
-        norms = keys.norm(dim=-1, keepdim=True) * chunks.u.norm(dim=-1, keepdim=True)
-        contribution[:, first:stop] = chunks.tokens(norms)[..., 0]
-        shares = ((keys @ state[:, None]) * chunks.u).sum(-1, keepdim=True)
-        share[:, first:stop] = chunks.tokens(shares)[..., 0]
-    before = ((survives @ r.start_state(dtype)) * state).sum((-2, -1))
-    return contribution, share / energy[:, None], before / energy
+        probed.take(first, stop, keys, chunks.u)
+    return probed.attribution(survives @ r.start_state(dtype))
 
 
 def transition(recurrence: Recurrence, dtype: torch.dtype) -> Tensor:

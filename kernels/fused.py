@@ -39,7 +39,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from . import fused_delta, fused_keyed
+from . import delta, fused_delta, fused_keyed
 from .interface import ScanOutput, Steps
 
 PROGRAMS = 1584
@@ -126,7 +126,8 @@ def _erasing(r: Recurrence, outputs: bool, measure: bool, positions: Sequence[in
         if r.skip is not None:
             y.addcmul_(r.v.to(y.dtype), r.skip.to(y.dtype)[:, None])
         y = y.to(r.v.dtype)
-    return ScanOutput(y, found.steps, found.states, found.final_state)
+    erased = delta.erased(r, values) if measure else None
+    return ScanOutput(y, found.steps, found.states, found.final_state, erased)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
+from . import delta
 from .interface import ScanOutput
 from .keyed import Measured
 
@@ -74,14 +75,15 @@ def scan(
     )  # fmt: skip
     scale = r.v[..., 0] if r.write_scale is None else r.write_scale
     held = sorted({p // CHUNK for p in positions})
+    keep = bool(held) or (measure and r.erases)  # of every chunk what is written, of some what enters them
     entered, slots = run, run
-    if held:
+    if keep:
         slot = torch.full((chunks,), -1, dtype=torch.int32)
         slot[held] = torch.arange(len(held), dtype=torch.int32)
         slots = _to(slot, r.v)
-        entered = empty(len(held), *states)
+        entered = empty(max(1, len(held)), *states)
     y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
-    values = empty(*r.v.shape) if held else run
+    values = empty(*r.v.shape) if keep else run
     parts = [empty(blocks, r.batch, r.time, r.heads) for _ in range(3)] if measure else [run] * 3
     total = empty(2, blocks, r.batch, r.time, r.heads) if measure else run
     initial = final if r.initial_state is None else r.initial_state.contiguous()
@@ -92,7 +94,7 @@ def scan(
         r.time, padded, r.batch,
         **sizes, **asked, VALUE=r.value, BV=COLUMNS, SLICE=min(SLICE, keys),
         PRECISION="tf32x3" if torch.version.cuda else "ieee", MEASURE=measure,
-        KEEP=bool(held), HAS_INITIAL=r.initial_state is not None,
+        KEEP=keep, HAS_INITIAL=r.initial_state is not None,
         HAS_SCALE=r.write_scale is not None, HAS_SKIP=r.skip is not None,
         num_warps=8 if wide else 4,
     )  # fmt: skip
@@ -105,7 +107,8 @@ def scan(
     if held:
         at = [_after(r, k, values, entered[held.index(p // CHUNK)], p) for p in positions]
         kept = torch.stack(at, 1)
-    return ScanOutput(y, steps, kept, final)
+    erased = delta.erased(r, values) if measure and r.erases else None
+    return ScanOutput(y, steps, kept, final, erased)
 
 
 def _after(r: Recurrence, k: Tensor, values: Tensor, entering: Tensor, position: int) -> Tensor:

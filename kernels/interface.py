@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class ScanOutput:
-    """What a scan yields.
+    r"""What a scan yields.
 
     Attributes
     ----------
@@ -62,12 +62,48 @@ class ScanOutput:
         The state after each requested position, in the order they were given.
     final_state : Tensor, (batch, heads, key, value)
         The state after the last token.
+    erased : Tensor or None, (2, batch, time, heads)
+        Under the delta rule, where it was measured: the norm of what every token erases,
+        :math:`|a_t k_t k_t^\top D_t|_F`, and the part of what its key reads that this is,
+        :math:`-a_t |k_t|^2`.
     """
 
     y: Tensor | None
     steps: Steps | None
     states: Tensor
     final_state: Tensor
+    erased: Tensor | None = None
+
+
+class Attribution(NamedTuple):
+    r"""What the state :math:`S` at a probe, and what its query reads there, are made of.
+
+    With :math:`R_i` what survives at the probe of the write of token :math:`i`, :math:`q` the query there,
+    :math:`y = S^\top q` (the output without the skip term, which is no part of the state) and
+    :math:`y_i = R_i^\top q` the token's part of it. Of shape (batch, time, heads):
+
+    ======================== ============================================== ==============
+    ``contribution``         :math:`|R_i|_F`                                state units
+    ``share``                :math:`\langle S, R_i\rangle/|S|^2`            signed
+    ``attention``            :math:`M_i`, of which :math:`y_i = M_i v_i`    signed
+    ``output_contribution``  :math:`|y_i|`                                  output units
+    ``output_share``         :math:`\langle y, y_i\rangle/|y|^2`            signed
+    ======================== ============================================== ==============
+
+    and of shape (batch, heads) ``share_before`` and ``output_share_before``, the shares of the initial state,
+    with which either kind sums to 1, and ``output_norm``, :math:`|y|`. Where every entry of the state decays
+    at its own rate, :math:`y_i` is no multiple of :math:`v_i`; there :math:`M_i = \langle y_i, v_i\rangle /
+    |v_i|^2`, the multiple that lies nearest, 0 for a value of 0.
+    """
+
+    contribution: Tensor
+    share: Tensor
+    attention: Tensor
+    output_contribution: Tensor
+    output_share: Tensor
+    share_before: Tensor
+    output_share_before: Tensor
+    output_norm: Tensor
 
 
 class Kernel(Protocol):

@@ -28,8 +28,9 @@ from torch.nn.functional import pad
 
 from statescope.recurrence import Recurrence
 
+from . import delta
 from .decays import Decays, masked
-from .interface import ScanOutput, Steps
+from .interface import Attribution, ScanOutput, Steps
 
 CHUNK = 64
 """Tokens of a chunk, a power of two."""
@@ -74,7 +75,7 @@ def scan(
     if found.y is not None and r.skip is not None:
         found.y.addcmul_(r.v.to(dtype), r.skip.to(dtype)[:, None])
     steps = None if found.measured is None else found.measured.steps(r.log_decay.to(dtype).mean(-1))
-    return ScanOutput(found.y, steps, found.states, found.final_state)
+    return ScanOutput(found.y, steps, found.states, found.final_state, found.erased)
 
 
 def run(
@@ -89,6 +90,7 @@ def run(
     start = state = r.start_state(dtype)
     y = torch.empty(r.v.shape, dtype=dtype, device=state.device) if outputs else None
     measured: list[Measured] = []
+    erased: list[Tensor] = []
     kept: dict[int, Tensor] = {}
     for first, stop in blocks(r):
         chunks = Chunks.split(r, first, stop, dtype)
@@ -97,24 +99,30 @@ def run(
             y[:, first:stop] = chunks.read(entering)
         if measure:
             measured.append(chunks.measure(entering, pairs))
+        if measure and r.delta_rule:
+            erased.append(delta.erased(r.between(first, stop, None), chunks.tokens(chunks.u)))
         kept |= {p: chunks.state_after(entering, p - first) for p in positions if first <= p < stop}
     if not torch.isfinite(state).logical_or(~torch.isfinite(start)).all():
         return None
     states = torch.stack([kept[p] for p in positions], 1) if positions else state[:, None][:, :0]
-    return Found(y, Measured.concatenate(measured) if measure else None, states, state)
+    return Found(
+        y,
+        Measured.concatenate(measured) if measure else None,
+        states,
+        state,
+        torch.cat(erased, 2) if erased else None,
+    )
 
 
 def probe(
-    recurrence: Recurrence, state: Tensor, after: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attribute the state at a probe to earlier writes, where none erases.
+    recurrence: Recurrence, state: Tensor, query: Tensor, after: Tensor | None, dtype: torch.dtype
+) -> Attribution:
+    """Attribute the state at a probe, and what the query reads of it, to earlier writes, where none erases.
 
     See :func:`statescope.kernels.reference.probe`.
     """
-    r, state = recurrence, state.to(dtype)
-    energy = state.square().sum((-2, -1))
-    contribution = torch.empty(r.v.shape[:3], dtype=dtype, device=state.device)
-    share = torch.empty_like(contribution)
+    r = recurrence
+    probed = Probed(r, state, query, dtype)
     shape = (r.batch, r.heads, r.key)
     later = state.new_zeros(shape, dtype=torch.float64) if after is None else after.double().expand(shape)
     for first, stop in reversed(list(blocks(r))):
@@ -124,12 +132,48 @@ def probe(
             survives = (run_c[:, :, -1:] - run_c + later[:, :, None]).to(dtype).exp_()
             chunks.k[:, c] *= survives
             later = later + run_c[:, :, -1]
-        norms = chunks.k.norm(dim=-1, keepdim=True) * chunks.u.norm(dim=-1, keepdim=True)
-        shares = ((chunks.k @ state[:, None]) * chunks.u).sum(-1, keepdim=True)
-        contribution[:, first:stop] = chunks.tokens(norms)[..., 0]
-        share[:, first:stop] = chunks.tokens(shares)[..., 0]
-    before = (r.start_state(dtype) * later.to(dtype).exp()[..., None] * state).sum((-2, -1))
-    return contribution, share / energy[:, None], before / energy
+        probed.take(first, stop, chunks.k, chunks.u)
+    return probed.attribution(r.start_state(dtype) * later.to(dtype).exp()[..., None])
+
+
+class Probed:
+    """A state and a query at a probe, and what is known so far of the tokens that made them."""
+
+    def __init__(self, r: Recurrence, state: Tensor, query: Tensor, dtype: torch.dtype) -> None:
+        self.r, self.state = r, state.to(dtype)
+        self.query = query.to(dtype).repeat_interleave(r.heads // r.groups, 1)[..., None]  # b h k 1
+        output = (self.query.transpose(-2, -1) @ self.state)[..., 0, :]
+        self.output_norm = output.norm(dim=-1)
+        self.along = (output / self.output_norm.square()[..., None])[..., None]  # b h v 1
+        self.found = torch.empty((5, *r.v.shape[:3]), dtype=dtype, device=r.v.device)
+
+    def take(self, first: int, stop: int, keys: Tensor, u: Tensor) -> None:
+        """Take what survives of keys, (b c h i k), and the values as scaled, (b c h i v), of a stretch."""
+        read, value_norm = keys @ self.query[:, None], u.norm(dim=-1, keepdim=True)
+        rows = (
+            keys.norm(dim=-1, keepdim=True) * value_norm,
+            ((keys @ self.state[:, None]) * u).sum(-1, keepdim=True),
+            read,
+            read.abs() * value_norm,
+            read * (u @ self.along[:, None]),
+        )
+        for row, values in zip(self.found, rows, strict=True):
+            row[:, first:stop] = values.transpose(2, 3).flatten(1, 2)[:, : stop - first, :, 0]
+
+    def attribution(self, left: Tensor) -> Attribution:
+        """Put everything together, with what is left of the initial state, (b h k v)."""
+        energy = self.state.square().sum((-2, -1))
+        self.found[1] /= energy[:, None]
+        if self.r.write_scale is not None:
+            self.found[2] *= self.r.write_scale.to(self.found.dtype)  # the values are scaled already
+        return Attribution._make(
+            [
+                *self.found,
+                (left * self.state).sum((-2, -1)) / energy,
+                ((self.query.transpose(-2, -1) @ left) @ self.along)[..., 0, 0],
+                self.output_norm,
+            ]
+        )
 
 
 def blocks(r: Recurrence) -> Iterator[tuple[int, int]]:
@@ -179,6 +223,7 @@ class Found:
     measured: Measured | None
     states: Tensor
     final_state: Tensor
+    erased: Tensor | None
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from .interface import ScanOutput, Steps
+from .interface import Attribution, ScanOutput, Steps
 
 
 def supports(recurrence: Recurrence) -> str | None:
@@ -43,6 +43,7 @@ def scan(
     state = r.start_state(dtype)
     ys: list[Tensor] = []
     rows: list[tuple[Tensor, ...]] = []
+    erased: list[Tensor] = []
     kept: dict[int, Tensor] = {}
     wanted = set(positions)
     for t in range(r.time):
@@ -53,6 +54,11 @@ def scan(
             ys.append(y if r.skip is None else y + r.skip[:, None] * r.v[:, t])
         if measure:
             rows.append(_measure(r.log_decay[:, t], decayed, update, state))
+        if measure and r.delta_rule:
+            assert r.a is not None
+            k = _heads(r, r.k[:, t])
+            read = r.a[:, t, :, None] * torch.einsum("bhk,bhkv->bhv", k, decayed)
+            erased.append(torch.stack([k.norm(dim=-1) * read.norm(dim=-1), -r.a[:, t] * k.square().sum(-1)]))
         if t in wanted:
             kept[t] = state.clone()
     return ScanOutput(
@@ -60,6 +66,7 @@ def scan(
         steps=Steps(*(_stack(list(c), r.v[..., 0]) for c in zip(*rows, strict=True))) if measure else None,
         states=torch.stack([kept[p] for p in positions], 1) if positions else state[:, None][:, :0],
         final_state=state,
+        erased=torch.stack(erased, 2) if erased else None,
     )
 
 
@@ -100,11 +107,12 @@ def _measure(log_decay: Tensor, decayed: Tensor, update: Tensor, state: Tensor) 
 def probe(
     recurrence: Recurrence,
     state: Tensor,
+    query: Tensor,
     after: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Attribute the final state to the writes that made it, by stepping backwards.
+) -> Attribution:
+    r"""Attribute a state, and what a query reads of it, to the writes that made it, by stepping backwards.
 
     With :math:`T_i` the linear map of token ``i`` and :math:`M_t = T_{last} \cdots T_{t+1}`, the
     write :math:`w_t k_t v_t^\top` survives as :math:`M_t w_t k_t v_t^\top`. What token ``t`` itself
@@ -116,6 +124,8 @@ def probe(
         Tokens up to the probe, or an earlier stretch.
     state : Tensor, (batch, heads, key, value)
         The state at the probe.
+    query : Tensor, (batch, groups, key)
+        The query there.
     after : Tensor, optional
         What happens from the end of this stretch to the probe; nothing if it ends there. Without an erase
         term the sum of the log decay, (batch, heads[, key[, value]]); with one :func:`transition`, (batch,
@@ -125,14 +135,11 @@ def probe(
 
     Returns
     -------
-    contribution : Tensor, (batch, time, heads)
-        :math:`|M_t w_t k_t v_t^\top|_F`, state units.
-    share : Tensor, (batch, time, heads)
-        :math:`\langle S, M_t w_t k_t v_t^\top\rangle / |S|^2`, signed.
-    share_before : Tensor, (batch, heads)
-        The share of the initial state, so that all shares sum to 1.
+    Attribution
+        With :math:`R_t = M_t w_t k_t v_t^\top`.
     """
     r, state = recurrence.to(dtype), state.to(dtype)
+    query = _heads(r, query.to(dtype))
     erase = r.erase_vectors()
     # The map from here to the probe, (batch, heads, value, key, key): one for every column of the state,
     # or 1 for all of them where they decay alike.
@@ -140,18 +147,47 @@ def probe(
     if after is not None:
         survives = after.to(dtype)[:, :, None] if r.erases else survives * _of_columns(after.to(dtype).exp())
     energy = _norm(state) ** 2
-    contribution, share = torch.empty_like(r.v[..., 0]), torch.empty_like(r.v[..., 0])
+    output = torch.einsum("bhk,bhkv->bhv", query, state)
+    output_norm = output.norm(dim=-1)
+    rows: list[tuple[Tensor, ...]] = []
     for t in reversed(range(r.time)):
         key = torch.einsum("bhvij,bhj->bhiv", survives, _heads(r, r.k[:, t]))
-        written = key * r.v[:, t, :, None]
         if r.write_scale is not None:
-            written = written * r.write_scale[:, t, :, None, None]
-        contribution[:, t] = _norm(written)
-        share[:, t] = (written * state).sum((-2, -1)) / energy
+            key = key * r.write_scale[:, t, :, None, None]
+        v = r.v[:, t]
+        written, attention = key * v[:, :, None], torch.einsum("bhk,bhkv->bhv", query, key)
+        read = attention * v
+        share = (written * state).sum((-2, -1)) / energy
+        output_share = (read * output).sum(-1) / output_norm**2
+        rows.append((_norm(written), share, nearest(attention, v), read.norm(dim=-1), output_share))
         survives = _transition(r, erase, t, survives)
     columns = survives.expand(-1, -1, r.value, -1, -1)
     before = torch.einsum("bhvij,bhjv->bhiv", columns, r.start_state(dtype))
-    return contribution, share, (before * state).sum((-2, -1)) / energy
+    return Attribution._make(
+        [
+            *(_stack(list(column)[::-1], r.v[..., 0]) for column in zip(*rows, strict=True)),
+            (before * state).sum((-2, -1)) / energy,
+            (torch.einsum("bhk,bhkv->bhv", query, before) * output).sum(-1) / output_norm**2,
+            output_norm,
+        ]
+    )
+
+
+def nearest(attention: Tensor, v: Tensor) -> Tensor:
+    """The one number by which values are multiplied, or the nearest where columns differ in it.
+
+    Parameters
+    ----------
+    attention : Tensor, (..., 1 or value)
+        By what every column of the value is multiplied.
+    v : Tensor, (..., value)
+        The values.
+    """
+    if attention.shape[-1] == 1:
+        return attention[..., 0]
+    square = v.square()
+    total = square.sum(-1)
+    return torch.where(total == 0, torch.zeros_like(total), (attention * square).sum(-1) / total)
 
 
 def transition(recurrence: Recurrence, *, dtype: torch.dtype = torch.float64) -> Tensor:

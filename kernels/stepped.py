@@ -16,7 +16,9 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from .interface import ScanOutput, Steps
+from . import delta
+from .interface import Attribution, ScanOutput, Steps
+from .reference import nearest
 
 ENTRIES = {"cpu": 2**20, "cuda": 2**26}
 """Entries of the states held at once, by device."""
@@ -47,12 +49,13 @@ def scan(
     state = r.start_state(dtype)
     y = torch.empty(r.v.shape, dtype=dtype, device=state.device) if outputs else None
     steps: list[Steps] = []
+    erased: list[Tensor] = []
     kept: dict[int, Tensor] = {}
     for first, stop in _blocks(r):
         part = r.between(first, stop, None)
         log_decay = _of_entries(part.log_decay.to(dtype))
         decay = log_decay.exp()
-        states, update = (_erase if r.erases else _add)(part, state, decay)
+        states, update, values = (_erase if r.erases else _add)(part, state, decay)
         state = states[-1]
         after = states[1:].transpose(0, 1)
         if y is not None:
@@ -60,6 +63,8 @@ def scan(
             y[:, first:stop] = (q[:, :, :, None] @ after)[:, :, :, 0]
         if measure:
             steps.append(_measure(log_decay, states[:-1].transpose(0, 1) * decay, update, after))
+        if measure and values is not None:
+            erased.append(delta.erased(part, values))
         kept |= {p: after[:, p - first].clone() for p in positions if first <= p < stop}
     if y is not None and r.skip is not None:
         y.addcmul_(r.v.to(dtype), r.skip.to(dtype)[:, None])
@@ -68,44 +73,49 @@ def scan(
         steps=Steps.concatenate(steps) if measure else None,
         states=torch.stack([kept[p] for p in positions], 1) if positions else state[:, None][:, :0],
         final_state=state.clone(),
+        erased=torch.cat(erased, 2) if erased else None,
     )
 
 
-def _add(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+def _add(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, None]:
     """Return the states, (time + 1, batch, heads, key, value), and what every token adds, batch first."""
     update = _written(r, state.dtype)
     states = torch.empty((r.time + 1, *state.shape), dtype=state.dtype, device=state.device)
     states[0] = state
     for t in range(r.time):
         torch.addcmul(update[:, t], states[t], decay[:, t], out=states[t + 1])
-    return states, update
+    return states, update, None
 
 
-def _erase(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """The same where what a token adds is known once it has read the decayed state."""
+def _erase(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where what a token adds is known once it has read the decayed state; and the values."""
     assert r.a is not None
     k, a, values = _heads(r, r.k).to(state.dtype), r.a.to(state.dtype)[..., None], _scaled(r, state.dtype)
+    written = torch.empty_like(values)
     states = torch.empty((r.time + 1, *state.shape), dtype=state.dtype, device=state.device)
     update = torch.empty((r.batch, r.time, *state.shape[1:]), dtype=state.dtype, device=state.device)
     states[0] = state
     for t in range(r.time):
         decayed = torch.mul(states[t], decay[:, t], out=states[t + 1])
-        value = values[:, t] + a[:, t] * (k[:, t, :, None] @ decayed)[:, :, 0]
+        value = torch.add(values[:, t], a[:, t] * (k[:, t, :, None] @ decayed)[:, :, 0], out=written[:, t])
         decayed += torch.mul(k[:, t, ..., None], value[:, :, None], out=update[:, t])
-    return states, update
+    return states, update, written
 
 
 def probe(
-    recurrence: Recurrence, state: Tensor, after: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attribute the state at a probe to earlier writes, where none erases.
+    recurrence: Recurrence, state: Tensor, query: Tensor, after: Tensor | None, dtype: torch.dtype
+) -> Attribution:
+    """Attribute the state at a probe, and what the query reads of it, to earlier writes, where none erases.
 
     See :func:`statescope.kernels.reference.probe`.
     """
     r, state = recurrence, state.to(dtype)
     energy = state.square().sum((-2, -1))
-    contribution = torch.empty(r.v.shape[:3], dtype=dtype, device=state.device)
-    share = torch.empty_like(contribution)
+    query = query.to(dtype).repeat_interleave(r.heads // r.groups, 1)[..., None]
+    output = (query * state).sum(-2)
+    output_norm = output.norm(dim=-1)
+    along = output / output_norm.square()[..., None]
+    found = torch.empty((5, *r.v.shape[:3]), dtype=dtype, device=state.device)
     later = torch.zeros((), dtype=dtype, device=state.device)
     if after is not None:
         later = _of_entries(after[:, None])[:, 0].double()
@@ -114,12 +124,30 @@ def probe(
         log_decay = _of_entries(part.log_decay.double())
         remaining = log_decay.flip(1).cumsum(1).flip(1)
         survives = (remaining - log_decay + later[:, None] if later.ndim else remaining - log_decay).to(dtype)
-        written = _written(part, dtype) * survives.exp()
-        contribution[:, first:stop] = torch.linalg.matrix_norm(written)
-        share[:, first:stop] = (written * state[:, None]).sum((-2, -1)) / energy[:, None]
+        keys, v = _heads(part, part.k).to(dtype)[..., None] * survives.exp(), part.v.to(dtype)
+        if part.write_scale is not None:
+            keys = keys * part.write_scale.to(dtype)[..., None, None]
+        written, attention = keys * v[..., None, :], (query[:, None] * keys).sum(-2)
+        read = attention * v
+        rows = (
+            torch.linalg.matrix_norm(written),
+            (written * state[:, None]).sum((-2, -1)) / energy[:, None],
+            nearest(attention, v),
+            read.norm(dim=-1),
+            (read * along[:, None]).sum(-1),
+        )
+        for row, values in zip(found, rows, strict=True):
+            row[:, first:stop] = values
         later = later + remaining[:, 0]
-    before = (r.start_state(dtype) * later.to(dtype).exp() * state).sum((-2, -1)) / energy
-    return contribution, share, before
+    left = r.start_state(dtype) * later.to(dtype).exp()
+    return Attribution._make(
+        [
+            *found,
+            (left * state).sum((-2, -1)) / energy,
+            ((query * left).sum(-2) * along).sum(-1),
+            output_norm,
+        ]
+    )
 
 
 def _blocks(r: Recurrence) -> Iterator[tuple[int, int]]:

@@ -77,3 +77,22 @@ def _windows(x: Tensor, window: int, fill: float = 0.0) -> Tensor:
 def _last(x: Tensor, window: int) -> Tensor:
     time = x.shape[1]
     return x[:, torch.arange(window - 1, time + window - 1, window, device=x.device).clamp(max=time - 1)]
+
+
+def thin_erased(erased: Tensor, window: int) -> Tensor:
+    r"""Keep one entry for every ``window`` tokens of what the delta rule erases.
+
+    Over the tokens of a window: ``erase_norm`` :math:`= \sqrt{\sum |E_t|^2}`; ``erase_strength``, the mean.
+
+    Parameters
+    ----------
+    erased : Tensor, (2, batch, time, heads)
+        See :class:`statescope.kernels.interface.ScanOutput`.
+    window : int
+        Tokens of one entry; 1 keeps everything.
+    """
+    if window == 1:
+        return erased
+    norm, strength = (_windows(x.double(), window) for x in erased)
+    count = _windows(torch.ones_like(erased[1], dtype=torch.float64), window).sum(2)
+    return torch.stack([norm.square().sum(2).sqrt(), strength.sum(2) / count]).to(erased.dtype)

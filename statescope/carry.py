@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from statescope import caches
 
-AHEAD = ("probe_states", "probe_decays", "maps", "probe_maps")
+AHEAD = ("probe_states", "probe_queries", "probe_decays", "maps", "probe_maps")
 """What a reading ahead finds."""
 
 
@@ -32,8 +32,9 @@ class Carry:
         Loss of predicting the next token, known before that token is read.
     log_decay : dict of int to Tensor, (batch, heads[, key[, value]]), float64
         By layer, the sum of the log decay so far.
-    probe_states, probe_decays : dict of (int, int) to Tensor
-        By layer and probe: the state there and the sum of the log decay up to it, from a reading ahead.
+    probe_states, probe_queries, probe_decays : dict of (int, int) to Tensor
+        By layer and probe: the state there, the query (batch, groups, key) and the sum of the log decay up to
+        it, from a reading ahead.
     maps, probe_maps : dict of (int, int) to Tensor, (batch, heads, key, key)
         In the place of decays where the recurrence erases, from a reading ahead: by layer and first token how
         a segment maps the state; by layer and probe how the tokens from its segment's first one do.
@@ -44,6 +45,7 @@ class Carry:
     pending_loss: Tensor | None = None
     log_decay: dict[int, Tensor] = field(default_factory=dict)
     probe_states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    probe_queries: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     probe_decays: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     probe_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from statescope.schema import Variable
+from statescope.schema import Variable, group_variables
 
 SHARD_BYTES = 64 * 2**20
 """Upper bound of one variable's shard, uncompressed."""
@@ -37,6 +37,11 @@ class Layout:
     snapshots: tuple[int, ...]
     probes: tuple[int, ...]
     shard: int  # tokens between two commits, a multiple of the window
+    erases: bool = False  # by the delta rule
+
+    def variables(self, group: str) -> dict[str, Variable]:
+        """Variables of a group."""
+        return group_variables(group, self.window, self.erases)
 
     @property
     def entries(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from statescope.scan import Steps
+from statescope.schema import GROUPS, PER_PROBE
 from statescope.watch import Watch
 
 STEPS = tuple(Steps.__dataclass_fields__)
@@ -17,8 +18,11 @@ STEPS = tuple(Steps.__dataclass_fields__)
 Field = tuple[str, int | None]
 """Variables measured together: ``("steps", None)``, or ``("probes", p)`` for those of one probe."""
 
-ATTRIBUTED = ("contribution", "share")
+ATTRIBUTED = tuple(n for n, v in GROUPS["probes"].items() if v.dims == PER_PROBE)
 """Variables of ``("probes", p)``, in order."""
+
+OF_PROBE = tuple(n for n in GROUPS["probes"] if n not in ATTRIBUTED)
+"""Variables that are one number for a probe, in order."""
 
 LOSS = -1
 """Stands for the loss where a layer's row is asked for."""
@@ -40,7 +44,7 @@ class Measured:
     fields: dict[Field, tuple[int, Tensor]]  # first entry, (variable, batch, entries, heads)
     states: dict[int, Tensor]  # by position: (batch, head, key, value)
     suspect: Suspect
-    share_before: dict[int, Tensor] = field(default_factory=dict)  # by probe: (batch, head)
+    of_probe: dict[int, Tensor] = field(default_factory=dict)  # by probe: (variable, batch, head)
 
 
 class Sink(Protocol):

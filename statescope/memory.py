@@ -10,7 +10,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from statescope.layout import Layout
-from statescope.schema import COORDINATES, Variable, group_variables
+from statescope.schema import COORDINATES, PER_PROBE, Variable
 
 
 class MemoryRecord:
@@ -31,9 +31,9 @@ class MemoryRecord:
         self._attributes = {**attributes, "committed": 0, "complete": False}
         self._arrays: dict[str, NDArray[Any]] = {}
         for group in layout.groups():
-            for name, variable in group_variables(group, layout.window).items():
+            for name, variable in layout.variables(group).items():
                 shape = tuple(layout.size(group, d) for d in variable.dims)
-                partly = name in ("contribution", "share")  # tokens out of a probe's reach are not written
+                partly = variable.dims == PER_PROBE  # tokens out of a probe's reach are not written
                 self._arrays[f"{group}/{name}"] = (
                     np.full(shape, np.nan, variable.dtype) if partly else np.empty(shape, variable.dtype)
                 )
@@ -47,7 +47,7 @@ class MemoryRecord:
     def write(self, name: str, values: NDArray[Any], **at: slice | int) -> None:
         """Write a block of one variable; see :meth:`statescope.store.RecordWriter.write`."""
         group, variable = name.split("/")
-        dims = group_variables(group, self._layout.window)[variable].dims
+        dims = self._layout.variables(group)[variable].dims
         self._arrays[name][tuple(at.get(d, slice(None)) for d in dims)] = values
 
     def commit(self, tokens: int, carry: bytes | None, **attributes: Any) -> None:
@@ -63,7 +63,7 @@ class MemoryRecord:
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=self.attributes), **groups})
 
     def _dataset(self, group: str) -> xr.Dataset:
-        variables = group_variables(group, self._layout.window)
+        variables = self._layout.variables(group)
         dims = dict.fromkeys(d for v in variables.values() for d in v.dims)
         coordinates = {d: _variable(COORDINATES[d], self._layout.coordinate(group, d)) for d in dims}
         data = {name: _variable(v, self._arrays[f"{group}/{name}"]) for name, v in variables.items()}

@@ -52,6 +52,7 @@ class Plan:
             snapshots=self.watch.snapshots,
             probes=self.watch.probes,
             shard=shard_tokens(row, self.segment),
+            erases=self.anatomy.structure.endswith("delta rule"),
         )
 
     def stop_after(self, start: int) -> int:
@@ -113,6 +114,7 @@ class Plan:
         settings = [
             asdict(self.watch), self.anatomy, self.own_outputs, _name_of(self.edit), self.segment,
             tuple(self.ids.shape), settings_of(self.model),
+            [self.layout.variables(group) for group in self.layout.groups()],
         ]  # fmt: skip
         hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return hashed.hexdigest()

@@ -14,9 +14,9 @@ from statescope import caches
 from statescope.adapters import Call
 from statescope.capture import Handler, capture, mixers
 from statescope.carry import Carry
-from statescope.measured import STEPS, Measured, Sink, suspect
+from statescope.measured import ATTRIBUTED, OF_PROBE, STEPS, Measured, Sink, suspect
 from statescope.recurrence import Recurrence
-from statescope.scan import ScanOutput, choose, probe, scan, thin, token_loss, transition
+from statescope.scan import ScanOutput, choose, probe, scan, thin, thin_erased, token_loss, transition
 from statescope.watch import Watch
 
 Edit = Callable[[int, Recurrence], Recurrence]
@@ -75,14 +75,12 @@ def survey(model: nn.Module, ids: Tensor, backend: str) -> Anatomy:
         raise ValueError(
             f"model is a {type(model).__name__}, which gives no logits; pass the whole causal language model"
         )
-    if set(found) != set(expected):
-        missing = sorted(set(expected) - set(found))
+    if missing := sorted(set(expected) - set(found)):
         raise ValueError(f"model: layers {missing} did not call their scan; is it in evaluation mode?")
     if len(set(found.values())) > 1:
         raise ValueError(f"model: its recurrent layers differ in (heads, key, value): {found}; choose layers")
-    anatomy = Anatomy(tuple(expected), *next(iter(found.values())))
-    known[asked] = anatomy
-    return anatomy
+    known[asked] = Anatomy(tuple(expected), *next(iter(found.values())))
+    return known[asked]
 
 
 class Reader:
@@ -102,6 +100,8 @@ class Reader:
         Whether the model's own scan computes the outputs (else the kernel does).
     edit : callable, optional
         See :data:`Edit`; needs ``own_outputs=False``.
+    erases : bool
+        Whether to keep what the delta rule erases.
     """
 
     def __init__(
@@ -112,9 +112,10 @@ class Reader:
         backend: str,
         own_outputs: bool,
         edit: Edit | None = None,
+        erases: bool = False,
     ) -> None:
         self.model, self.ids, self.watch = model, ids, watch
-        self.backend, self.own_outputs, self.edit = backend, own_outputs, edit
+        self.backend, self.own_outputs, self.edit, self.erases = backend, own_outputs, edit, erases
         self.device = next(model.parameters()).device
         self.heads = torch.tensor(watch.heads, device=self.device)
         self._handler: Handler | None = None
@@ -136,8 +137,7 @@ class Reader:
 
     def read_ahead(self, carry: Carry, stop: int) -> None:
         """Read without measuring: keep only the states at the probes and the decay up to them."""
-        segment = _Segment(self, carry, carry.position, stop)
-        self._forward(carry, stop, segment.on_scan_ahead)
+        self._forward(carry, stop, _Segment(self, carry, carry.position, stop).on_scan_ahead)
         carry.position = stop
 
     def _forward(self, carry: Carry, stop: int, handler: Handler) -> tuple[Tensor, Tensor]:
@@ -203,6 +203,7 @@ class _Segment:
             )
             for p, state in zip(probes, output.states.unbind(1), strict=True):
                 self.carry.probe_states[layer, p] = state
+                self.carry.probe_queries[layer, p] = recurrence.q[:, p - self.start].clone()
                 if recurrence.erases:
                     until = recurrence.between(0, p + 1 - self.start, None)
                     self.carry.probe_maps[layer, p] = transition(until)
@@ -232,8 +233,8 @@ class _Segment:
 
     def _positions(self) -> list[int]:
         """Tokens of this segment whose state is needed: snapshots, probes, and where a reach begins."""
-        entries = [self.watch.probe_start(p) - 1 for p in self.watch.probes]
-        wanted = {*self.watch.snapshots, *self.watch.probes, *entries}
+        watch = self.watch
+        wanted = {*watch.snapshots, *watch.probes, *(watch.probe_start(p) - 1 for p in watch.probes)}
         return sorted(p for p in wanted if self.start <= p < self.stop)
 
     def _collect(
@@ -243,6 +244,9 @@ class _Segment:
         every = torch.stack([self._of_heads(getattr(output.steps, name)) for name in STEPS])
         window = self.watch.window
         kept = every if window == 1 else thin(every, window)
+        if self.reader.erases:
+            erased = every.new_zeros(2, *every.shape[1:]) if output.erased is None else output.erased
+            kept = torch.cat([kept, thin_erased(self._of_heads(erased), window)])
         measured = Measured(
             self.start,
             self.stop,
@@ -268,11 +272,12 @@ class _Segment:
         inside = p < self.stop
         after = None if inside else self._until_probe(layer, r, p)
         state = states[p] if inside else self.carry.probe_states[layer, p]
-        contribution, share, before = probe(part, state, after)
-        found = torch.stack([self._of_heads(contribution), self._of_heads(share)])
-        measured.fields["probes", p] = (first, found)
+        query = r.q[:, p - self.start] if inside else self.carry.probe_queries[layer, p]
+        found = probe(part, state, query, after)._asdict()
+        stacked = [torch.stack([self._of_heads(found[n]) for n in names]) for names in (ATTRIBUTED, OF_PROBE)]
+        measured.fields["probes", p] = (first, stacked[0])
         if first == reach_start:
-            measured.share_before[p] = self._of_heads(before)
+            measured.of_probe[p] = stacked[1]
 
     def _until_probe(self, layer: int, r: Recurrence, p: int) -> Tensor:
         """What happens from the end of this segment to a later probe; see :func:`statescope.scan.probe`."""
@@ -286,9 +291,8 @@ class _Segment:
 
     def _of_heads(self, x: Tensor, axis: int = -1) -> Tensor:
         """Pick the watched heads, as float32."""
-        if x.shape[axis] != len(self.watch.heads):
-            x = x.index_select(axis, self.reader.heads)
-        return x.to(torch.float32)
+        watched = x.shape[axis] == len(self.watch.heads)
+        return (x if watched else x.index_select(axis, self.reader.heads)).to(torch.float32)
 
     def _decay_until(self, layer: int, r: Recurrence, stop: int) -> Tensor:
         total = r.log_decay[:, : stop - self.start].sum(1, dtype=torch.float64)

@@ -9,7 +9,16 @@ from typing import Any
 import xarray as xr
 import zarr
 
-from statescope.schema import COORDINATES, GROUPS, ROOT_ATTRIBUTES, SCHEMA_VERSION, group_variables
+from statescope.schema import (
+    COORDINATES,
+    ERASED,
+    GROUPS,
+    READ_BY_QUERY,
+    ROOT_ATTRIBUTES,
+    SCHEMA_VERSION,
+    Variable,
+    group_variables,
+)
 
 REQUIRED = ("tokens", "steps")
 
@@ -49,9 +58,10 @@ def open_groups(store: Any, *, chunks: Any = None) -> dict[str, xr.Dataset]:
     watch = json.loads(str(root.attrs["watch"]))
     datasets = {}
     for name in [g for g in GROUPS if g in REQUIRED or watch[g]]:
-        _check_group(root, name, watch["window"], store)
+        variables = _expected(root, name, watch["window"])
+        _check_group(root, name, variables, store)
         dataset = xr.open_zarr(store, group=name, consolidated=False, chunks=chunks)
-        datasets[name] = dataset[list(group_variables(name, watch["window"]))]
+        datasets[name] = dataset[list(variables)]
     return datasets
 
 
@@ -84,9 +94,17 @@ def _validated(store: Any) -> zarr.Group:
     return root
 
 
-def _check_group(root: zarr.Group, group: str, window: int, store: Any) -> None:
+def _expected(root: zarr.Group, group: str, window: int) -> dict[str, Variable]:
+    """Variables a group must have: those that came later all together, or none of them."""
+    variables = group_variables(group, window, erases=True)
+    for added in (READ_BY_QUERY, tuple(ERASED)):
+        if not any(f"{group}/{name}" in root for name in added):
+            variables = {name: v for name, v in variables.items() if name not in added}
+    return variables
+
+
+def _check_group(root: zarr.Group, group: str, variables: dict[str, Variable], store: Any) -> None:
     """Demand every array of a group: xarray leaves out what it does not find."""
-    variables = group_variables(group, window)
     wanted = variables | {d: COORDINATES[d] for v in variables.values() for d in v.dims}
     for name, variable in wanted.items():
         try:

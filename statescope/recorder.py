@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statescope.layout import Layout
-from statescope.measured import ATTRIBUTED, LOSS, Field, Measured, Suspect, place_of_nonfinite
-from statescope.schema import group_variables
+from statescope.measured import ATTRIBUTED, LOSS, OF_PROBE, Field, Measured, Suspect, place_of_nonfinite
 from statescope.watch import Watch
 
 WRITERS = max(2, min(8, os.cpu_count() or 1))
@@ -64,7 +63,7 @@ class _Interval:
     loss: Tensor
     open: dict[int, dict[Field, Tensor]] = field(default_factory=dict)  # by group of layers: the buffers
     states: dict[int, list[Tensor]] = field(default_factory=dict)  # by position, then layer
-    share_before: dict[int, list[Tensor]] = field(default_factory=dict)  # by probe, then layer
+    of_probe: dict[int, list[Tensor]] = field(default_factory=dict)  # by probe, then layer
     suspects: list[tuple[int, int, Suspect]] = field(default_factory=list)  # first token, layer's row, ...
     writes: list[Future[None]] = field(default_factory=list)
 
@@ -148,8 +147,8 @@ class Recorder:
                 self._copy(now.open[group][name][place, :, :, begin : begin + values.shape[2]], values)
             for p, state in measured.states.items():
                 now.states.setdefault(p, []).append(self._to_host(state))
-            for p, share in measured.share_before.items():
-                now.share_before.setdefault(p, []).append(self._to_host(share))
+            for p, values in measured.of_probe.items():
+                now.of_probe.setdefault(p, []).append(self._to_host(values))
         now.suspects.append((measured.start, row, measured.suspect))
         if measured.stop == now.stop and place == layers - 1:
             self._write(group, self._arrival())
@@ -206,10 +205,11 @@ class Recorder:
             first = self._watch.snapshots.index(min(now.states))
             states = np.stack([_by_layer(now.states[p]) for p in sorted(now.states)], axis=2)
             self.writer.write("snapshots/state", states, position=slice(first, first + len(now.states)))
-        for p, shares in now.share_before.items():
+        for p, layers in now.of_probe.items():
             index = self._watch.probes.index(p)
-            values = _by_layer(shares)[:, :, None]
-            self.writer.write("probes/share_before", values, probe=slice(index, index + 1))
+            for i, name in enumerate(OF_PROBE):
+                values = _by_layer([x[i] for x in layers])[:, :, None]
+                self.writer.write(f"probes/{name}", values, probe=slice(index, index + 1))
         before = self._nonfinite or self.writer.attributes["first_nonfinite"]
         self._nonfinite = before or place_of_nonfinite(now.suspects, self._watch)
         with self._beside():
@@ -271,7 +271,7 @@ class Recorder:
         ]
 
     def _variables(self, kind: str) -> Sequence[str]:
-        return ATTRIBUTED if kind == "probes" else [*group_variables(kind, self._watch.window)]
+        return ATTRIBUTED if kind == "probes" else [*self._layout.variables(kind)]
 
     def _shard(self, name: Field, layers: int) -> Tensor:
         at, variables = self._now.fields[name], len(self._variables(name[0]))

@@ -8,12 +8,13 @@ from typing import cast
 
 from torch import Tensor
 
-from statescope.kernels.interface import Kernel, ScanOutput, Steps
+from statescope.kernels.interface import Attribution, Kernel, ScanOutput, Steps
 from statescope.kernels.loss import token_loss
-from statescope.kernels.windows import thin
+from statescope.kernels.windows import thin, thin_erased
 from statescope.recurrence import Recurrence
 
 __all__ = [
+    "Attribution",
     "BACKENDS",
     "Kernel",
     "ScanOutput",
@@ -22,6 +23,7 @@ __all__ = [
     "probe",
     "scan",
     "thin",
+    "thin_erased",
     "token_loss",
     "transition",
 ]
@@ -84,13 +86,11 @@ def scan(
     return kernel.scan(recurrence, outputs=outputs, measure=measure, positions=positions)
 
 
-def probe(
-    recurrence: Recurrence, state: Tensor, after: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attribute the state at a probe to earlier writes; see :func:`statescope.kernels.chunked.probe`."""
+def probe(recurrence: Recurrence, state: Tensor, query: Tensor, after: Tensor | None = None) -> Attribution:
+    """Attribute a probe's state and output to writes; see :func:`statescope.kernels.chunked.probe`."""
     from statescope.kernels import chunked
 
-    return chunked.probe(recurrence, state, after)
+    return chunked.probe(recurrence, state, query, after)
 
 
 def transition(recurrence: Recurrence) -> Tensor:

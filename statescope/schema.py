@@ -9,6 +9,7 @@ SCHEMA_VERSION = 1
 
 PER_STEP = ("sequence", "layer", "token", "head")
 PER_PROBE = ("sequence", "layer", "probe", "token", "head")
+AT_PROBE = ("sequence", "layer", "probe", "head")
 
 ROOT_ATTRIBUTES = (
     "schema_version",
@@ -63,16 +64,28 @@ GROUPS: dict[str, dict[str, Variable]] = {
         "share": Variable(
             PER_PROBE, "signed share of this token's write in the state's energy at the probe", "1"
         ),
-        "share_before": Variable(
-            ("sequence", "layer", "probe", "head"),
-            "share of everything written before the probe's reach",
-            "1",
+        "attention": Variable(PER_PROBE, "implicit attention of the probe to this token, signed", "1"),
+        "output_contribution": Variable(PER_PROBE, "norm of this token's part of the probe's output", "1"),
+        "output_share": Variable(PER_PROBE, "signed share of this token in the probe's output", "1"),
+        "share_before": Variable(AT_PROBE, "share of everything written before the probe's reach", "1"),
+        "output_share_before": Variable(
+            AT_PROBE, "share in the output of everything written before the probe's reach", "1"
         ),
+        "output_norm": Variable(AT_PROBE, "norm of what the probe's query reads of the state", "1"),
     },
 }
 """Variables by group; ``snapshots`` and ``probes`` are present where they were asked for."""
 
+READ_BY_QUERY = ("attention", "output_contribution", "output_share", "output_share_before", "output_norm")
+"""Variables of ``probes`` that early records, made before these were added, have none of."""
+
 STATE_NORM_MAX = Variable(PER_STEP, "largest Frobenius norm of the state within the window", "1")
+
+ERASED: dict[str, Variable] = {
+    "erase_norm": Variable(PER_STEP, "norm of what this token erases along its key", "1"),
+    "erase_strength": Variable(PER_STEP, "part erased of what the key reads", "1"),
+}
+"""Variables of ``steps`` of models with the delta rule; early records have neither."""
 
 COORDINATES: dict[str, Variable] = {
     "sequence": Variable(("sequence",), "sequence of the batch", "1", "int64"),
@@ -87,9 +100,11 @@ COORDINATES: dict[str, Variable] = {
 """Coordinates by dimension."""
 
 
-def group_variables(group: str, window: int = 1) -> dict[str, Variable]:
-    """List the variables of a group, thinned ones included."""
+def group_variables(group: str, window: int = 1, erases: bool = False) -> dict[str, Variable]:
+    """List the variables of a group, those of windows and of the delta rule included."""
     variables = dict(GROUPS[group])
     if group == "steps" and window > 1:
         variables["state_norm_max"] = STATE_NORM_MAX
+    if group == "steps" and erases:
+        variables |= ERASED
     return variables

@@ -25,7 +25,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from statescope.layout import SHARD_BYTES, Layout
-from statescope.schema import COORDINATES, SCHEMA_VERSION, Variable, group_variables
+from statescope.schema import COORDINATES, SCHEMA_VERSION, Variable
 
 StoreLike = str | Path | Store
 
@@ -117,7 +117,7 @@ class RecordWriter:
             Where it goes, by dimension; dimensions not named are written whole.
         """
         group, variable = name.split("/")
-        dims = group_variables(group, self.layout.window)[variable].dims
+        dims = self.layout.variables(group)[variable].dims
         with _named_errors(self._store, self.committed):
             self._array(name)[tuple(at.get(d, slice(None)) for d in dims)] = values
 
@@ -205,7 +205,7 @@ def _is_empty(store: Path | Store) -> bool:
 
 def _lay_out_group(root: zarr.Group, group: str, layout: Layout) -> None:
     target = root.create_group(group)
-    variables = group_variables(group, layout.window)
+    variables = layout.variables(group)
     for dim in dict.fromkeys(d for v in variables.values() for d in v.dims):
         values = layout.coordinate(group, dim)
         _create(target, dim, COORDINATES[dim], values.shape, values.shape, None, values)

@@ -75,8 +75,8 @@ def trace(
     snapshots : int or sequence of int, optional
         Tokens after which the whole state is kept; negative ones count from the end.
     probes : int, sequence of int or Probes, optional
-        Tokens at which the state is attributed to the tokens that made it. Where that goes back over more
-        than one segment, the text is read once more, ahead of the trace.
+        Tokens at which the state, and what their query reads of it, is attributed to the tokens that made it.
+        Where that goes back over more than one segment, the text is read once more, ahead of the trace.
     window : int
         Tokens per entry of ``/steps``; see :mod:`statescope.kernels.windows`. Default 1.
     segment : int, optional
@@ -173,7 +173,15 @@ def _run(
     kept: bytes | None = None,
 ) -> dict[str, Any]:
     """Read, measure and record; return the record's attributes."""
-    reader = Reader(plan.model, plan.ids, plan.watch, plan.anatomy.backend, plan.own_outputs, plan.edit)
+    reader = Reader(
+        plan.model,
+        plan.ids,
+        plan.watch,
+        plan.anatomy.backend,
+        plan.own_outputs,
+        plan.edit,
+        plan.layout.erases,
+    )
     tokens = plan.ids.shape[1]
     carry = Carry.fresh(plan.model) if kept is None else Carry.from_bytes(kept, plan.model, reader.device)
     ahead = plan.tokens_to_read_ahead() if kept is None else 0

@@ -14,7 +14,8 @@ class Probes:
 
     Where a model erases (the delta rule), what survives is counted of the value each token was given; what it
     erased is missing from the tokens before it. So the shares sum to 1 there too, and the contribution of the
-    last token is the norm of its value as written, not ``write_norm``, which is that of the correction.
+    last token is the norm of its value as written, not ``write_norm``, which is that of the correction. What
+    the probe's query reads is attributed in the same way; the skip term, which bypasses the state, is not.
 
     Parameters
     ----------
@@ -22,7 +23,8 @@ class Probes:
         Tokens after which the state is taken apart; negative ones count from the end.
     reach : int, optional
         How many tokens, up to and including the probe, get a contribution and a share of their own;
-        all before them are summed in ``share_before``. Default: every token. A reach that goes back
+        all before them are summed in ``share_before`` (``output_share_before``). Default: every token. A
+        reach that goes back
         beyond the segment the probe lies in costs one more reading of the text, ahead of the trace.
     """
 

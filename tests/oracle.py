@@ -26,6 +26,8 @@ class LayerTrace:
     state_mean: Array
     write_overlap: Array
     key: Array  # (time, key), scaled by nothing
+    query: Array  # (time, key)
+    step: Array  # (time, head), dt
     value: Array  # (time, head, value), scaled by dt
     states: dict[int, Array]  # (head, key, value)
 
@@ -84,19 +86,31 @@ def _mixer(u: Array, w: dict[str, Array], config: dict, keep: tuple[int, ...]) -
         if t in keep:
             states[t] = state.copy()
     gated = _rms(y.reshape(time, inner) * _silu(z), w["norm.weight"])
-    trace = LayerTrace(log_decay, *fields.values(), key=b, value=x * dt[..., None], states=states)
+    trace = LayerTrace(
+        log_decay, *fields.values(), key=b, query=c, step=dt, value=x * dt[..., None], states=states
+    )
     return gated @ w["out_proj.weight"].T, trace
 
 
-def attribute(trace: LayerTrace, probe: int) -> tuple[Array, Array]:
-    """Contribution and share of every token up to the probe, (time, head)."""
+def attribute(trace: LayerTrace, probe: int) -> dict[str, Array]:
+    """What state and output at the probe have of every token up to it, (time, head); the output's norm."""
     state = trace.states[probe]
     after = np.cumsum(trace.log_decay[: probe + 1][::-1], axis=0)[::-1]
     survives = np.exp(np.vstack([after[1:], np.zeros((1, after.shape[1]))]))
     key, value = trace.key[: probe + 1], trace.value[: probe + 1]
     size = np.linalg.norm(key, axis=1)[:, None] * np.linalg.norm(value, axis=2)
     share = np.einsum("tn,hnp,thp->th", key, state, value) / (state**2).sum((1, 2))
-    return survives * size, survives * share
+    attention = survives * (key @ trace.query[probe])[:, None]
+    output = np.einsum("hnp,n->hp", state, trace.query[probe])
+    part = attention[..., None] * value
+    return {
+        "contribution": survives * size,
+        "share": survives * share,
+        "attention": attention * trace.step[: probe + 1],
+        "output_contribution": np.linalg.norm(part, axis=2),
+        "output_share": np.einsum("thp,hp->th", part, output) / (output**2).sum(1),
+        "output_norm": np.linalg.norm(output, axis=1),
+    }
 
 
 def _causal_conv(x: Array, weight: Array, bias: Array) -> Array:

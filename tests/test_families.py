@@ -194,9 +194,11 @@ def test_segments_change_nothing(family: str, model: nn.Module) -> None:
     whole = statescope.trace(model, TEXT, segment=TOKENS, **WATCHED)
     assert whole["steps"].state_norm.std() > 1e-3
     assert whole.attrs["structure"].endswith(", delta rule") == (family in DELTA_RULE)
+    assert ("erase_norm" in whole["steps"]) == ("erase_strength" in whole["steps"]) == (family in DELTA_RULE)
     assert whole.attrs["structure"].startswith("decay per entry") == (family in MAMBA_1)
-    share = whole["probes"].share.sum("token") + whole["probes"].share_before
-    np.testing.assert_allclose(share, 1, atol=1e-5)
+    for name in ("share", "output_share"):
+        share = whole["probes"][name].sum("token") + whole["probes"][f"{name}_before"]
+        np.testing.assert_allclose(share, 1, atol=1e-5)
     for segment in (1, 7, 33):
         rtol = ROUNDING.get((family, segment), 1e-5)
         assert_close(statescope.trace(model, TEXT, segment=segment, **WATCHED), whole, rtol=rtol)

@@ -84,6 +84,12 @@ def test_heads_are_channels_in_quadrature(inner: int, head: int, monkeypatch: py
         check_probe(record["probes"].to_dataset().sel(layer=layer, probe=70), call, write, state, head)
 
 
+def value_of(call: dict[str, Any]) -> Tensor:
+    """What every channel is given to write, (batch, time, channel)."""
+    step = softplus(call["dt"].double() + call["delta_bias"].double()[:, None])
+    return (step * call["x"].double()).transpose(1, 2)
+
+
 def check_probe(got: Any, call: dict[str, Any], write: Tensor, state: Tensor, head: int) -> None:
     """What survives of every write at token 70, entry by entry."""
     step = softplus(call["dt"].double() + call["delta_bias"].double()[:, None])
@@ -92,7 +98,17 @@ def check_probe(got: Any, call: dict[str, Any], write: Tensor, state: Tensor, he
     survives = write[:, :71] * (until[:, 70:71] - until[:, :71]).exp()
     contribution = survives.square().sum((-2, -1)).sqrt()
     share = (survives * state[:, 70:71]).sum((-2, -1)) / state[:, 70:71].square().sum((-2, -1))
-    for name, truth in (("contribution", contribution), ("share", share)):
+    query = call["C"].double().transpose(1, 2)[:, 70]
+    read, v = torch.einsum("bthvk,bk->bthv", survives, query), value_of(call).unflatten(2, (-1, head))[:, :71]
+    output = read.sum(1, keepdim=True)
+    wanted = {
+        "contribution": contribution,
+        "share": share,
+        "attention": (read * v).sum(-1) / v.square().sum(-1),
+        "output_contribution": read.norm(dim=-1),
+        "output_share": (read * output).sum(-1) / output.square().sum(-1),
+    }
+    for name, truth in wanted.items():
         error = np.abs(got[name].values[:, :71] - truth.numpy()).max() / truth.abs().max()
         assert error < 1e-5, f"{name}: {error:.1e}"
     np.testing.assert_allclose(got["share"].sum("token") + got["share_before"], 1, atol=1e-5)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from statescope.analyses import overload_ratio, retention, share_of
+from statescope.analyses import interference, output_share_of, overload_ratio, retention, share_of
 from statescope.analyses.needle import MEASURES, SMALLEST, needle_measures
+from statescope.schema import AT_PROBE, PER_PROBE
 
 SEQUENCES, LAYERS, TOKENS, HEADS, KEY, VALUE = 2, 2, 40, 3, 4, 5
 STARTS, STOPS = [3, 20], [9, 31]
@@ -33,6 +34,10 @@ def build(rng: np.random.Generator, decay: float = 0.2) -> tuple[xr.DataTree, np
         for t in range(i + 1, TOKENS):
             survives[:, :, i] *= np.exp(g[:, :, t])[..., None, None]
     share = np.einsum("slthkv,slhkv->slth", survives, state) / (norms[-1] ** 2)[:, :, None]
+    parts = np.einsum("slthkv,slhk->slthv", survives, rng.normal(size=(SEQUENCES, LAYERS, HEADS, KEY)))
+    output = parts.sum(2)
+    size = np.linalg.norm(output, axis=-1)
+    output_share = np.einsum("slthv,slhv->slth", parts, output) / (size**2)[:, :, None]
     dims = ("sequence", "layer", "token", "head")
     at = {"token": np.arange(TOKENS)}
     steps = xr.Dataset(
@@ -43,7 +48,10 @@ def build(rng: np.random.Generator, decay: float = 0.2) -> tuple[xr.DataTree, np
         },
         at,
     )
-    probes = xr.Dataset({"share": (("sequence", "layer", "probe", "token", "head"), share[:, :, None])}, at)
+    per_token = {"share": share, "output_share": output_share}
+    per_token["output_contribution"] = np.linalg.norm(parts, axis=-1)
+    probes = xr.Dataset({name: (PER_PROBE, x[:, :, None]) for name, x in per_token.items()}, at)
+    probes["output_norm"] = (AT_PROBE, size[:, :, None])
     probes = probes.assign_coords(probe=[TOKENS - 1])
     record = xr.DataTree.from_dict(
         {
@@ -72,6 +80,10 @@ def test_measures_are_those_of_the_writes() -> None:
             "log_interference": np.log(np.sqrt((others**2).sum(1)) / needle),
             "log_retention": np.log(retention(record, stop - 1, TOKENS - 1).isel(sequence=s)),
             "share": share_of(record, start, stop).isel(sequence=s, probe=-1),
+            "output_share": output_share_of(record, start, stop).isel(sequence=s, probe=-1),
+            "log_output_interference": np.log(
+                interference(record, start, stop)["interference"].isel(sequence=s, probe=-1)
+            ),
             "log_overload": np.log(overload_ratio(record).isel(sequence=s, token=-1)),
             "log_state_norm": np.log(record["steps"]["state_norm"].isel(sequence=s, token=-1)),
         }

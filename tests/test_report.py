@@ -30,7 +30,7 @@ from statescope.report.page import write_report  # noqa: E402
 
 MODEL = "mamba2-byte-n16-t512"
 EVIL = '"><script>document.title = "owned"</script><img src=x onerror=alert(1)>|`_*[a](http://evil.example/)'
-FIGURES = ["overload", "state", "retention", "decay", "loss", "rank", "strip"]
+FIGURES = ["overload", "state", "retention", "decay", "loss", "rank", "strip", "attention"]
 
 
 class Page(HTMLParser):
@@ -138,7 +138,7 @@ def test_the_verdict_comes_first_and_nothing_is_missing(full: str) -> None:
 
 def test_the_page_holds_all_its_pictures_and_loads_nothing(full: str) -> None:
     page = Page(full)
-    assert len(page.images) == 8
+    assert len(page.images) == 9
     for name, content in page.images.items():
         height, width, _ = imread(io.BytesIO(content)).shape
         assert height > 150 and width > 400, name
@@ -146,14 +146,14 @@ def test_the_page_holds_all_its_pictures_and_loads_nothing(full: str) -> None:
     asked = [
         a[key] or "" for _, a in page.tags for key in ("src", "href", "srcset", "data", "action") if key in a
     ]
-    assert len(asked) == 8 and all(at.startswith("data:") for at in asked) and "url(" not in full
+    assert len(asked) == 9 and all(at.startswith("data:") for at in asked) and "url(" not in full
 
 
 def test_every_call_runs(folder: Path, full: str) -> None:
     setup, *calls = Page(full).calls
     names: dict[str, Any] = {}
     exec(setup, names)
-    assert len(calls) == 8
+    assert len(calls) == 9
     for call in calls:
         assert eval(call, names).axes
 
@@ -169,7 +169,7 @@ def test_what_users_give_is_escaped(folder: Path, evil: str) -> None:
 
 def test_markdown_has_its_pictures_beside_it(folder: Path, tmp_path: Path) -> None:
     code, said = report(folder / "full.zarr", "-o", tmp_path / "my report.md", "--format", "md")
-    assert code == 0 and said == f"report: {tmp_path}/my report.md (and 7 pictures)\n"
+    assert code == 0 and said == f"report: {tmp_path}/my report.md (and 8 pictures)\n"
     text = (tmp_path / "my report.md").read_text(encoding="utf-8")
     linked = re.findall(r"!\[[^\]]*\]\(<([^>]*)>\)", text)
     assert linked == [f"my report-{name}.png" for name in FIGURES]
@@ -183,7 +183,8 @@ def test_a_record_with_little_says_what_is_missing(folder: Path, tmp_path: Path)
     page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
     assert "No verdict" in page.words["verdict"] and "--train-length" in page.words["verdict"]
     assert "trace again with --snapshots" in page.words["rank"]
-    assert "trace again with --probes" in page.words["strip"]
+    for name in ("strip", "attention"):
+        assert "trace again with --probes" in page.words[name]
     assert "pass --train-length" in page.words["overload"] and "Slowest heads" in page.words["heads"]
     assert [tag for tag, _ in page.tags].count("img") == 4
     assert report(folder / "unknown.zarr", "-o", tmp_path / "b.html", "--train-length", 300)[0] == 0
@@ -312,7 +313,7 @@ def test_the_page_in_a_browser(chromium: str, folder: Path, full: str, tmp_path:
     found = re.search(r'data-seen="([^"]*)"', dom(chromium, copy, tmp_path / "profile"))
     assert found, "the page's script did not run"
     seen = json.loads(found[1].replace("&quot;", '"'))
-    assert len(seen["widths"]) == 8 and all(w > 400 for w in seen["widths"])
+    assert len(seen["widths"]) == 9 and all(w > 400 for w in seen["widths"])
     assert seen["asked"] == [] and seen["first"] == "verdict" and 0 < seen["top"] < 600 and seen["wide"] <= 0
 
 

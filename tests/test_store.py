@@ -21,7 +21,7 @@ import statescope
 from statescope import record
 from statescope.layout import Layout, shard_tokens
 from statescope.measured import STEPS
-from statescope.schema import ROOT_ATTRIBUTES, group_variables
+from statescope.schema import READ_BY_QUERY, ROOT_ATTRIBUTES, group_variables
 from statescope.store import RecordWriter
 from statescope.watch import Watch
 
@@ -61,6 +61,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         snapshots=draw(positions),
         probes=draw(positions),
         shard=window * draw(st.integers(-(-tokens // (3 * window)), 8 + tokens // window)),
+        erases=draw(st.booleans()),
     )
 
 
@@ -69,7 +70,7 @@ def random_blocks(layout: Layout, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     blocks = {}
     for group in layout.groups():
-        for name, variable in group_variables(group, layout.window).items():
+        for name, variable in layout.variables(group).items():
             if variable.dtype == "float32":
                 shape = tuple(len(layout.coordinate(group, d)) for d in variable.dims)
                 values = (rng.standard_normal(shape) * 10.0 ** rng.integers(-38, 38, shape)).astype("f4")
@@ -107,7 +108,7 @@ def write_shard(
     """Write what is about a stretch of tokens."""
     for name, values in blocks.items():
         group, variable = name.split("/")
-        dims = group_variables(group, layout.window)[variable].dims
+        dims = layout.variables(group)[variable].dims
         at: dict[str, slice] = {}
         if group == "steps":
             at["token"] = slice(start // layout.window, -(-stop // layout.window))
@@ -313,3 +314,19 @@ def test_one_token(model: nn.Module) -> None:
     np.testing.assert_array_equal(steps.write_overlap, 0)
     np.testing.assert_allclose(trace["probes"].share, 1, rtol=1e-5)
     np.testing.assert_allclose(trace["probes"].contribution.squeeze("probe"), steps.write_norm, rtol=1e-6)
+
+
+def test_early_records_open_without_what_came_later(model: nn.Module, tmp_path: Path) -> None:
+    """Of the variables that were added, none need be there; some without the others are damage."""
+    place = tmp_path / "run.zarr"
+    text = ids(30)
+    want = statescope.trace(model, text, store=place, probes=[-1], segment=16)
+    early = zarr.open_group(place)["probes"]
+    for left, name in enumerate(READ_BY_QUERY, 1 - len(READ_BY_QUERY)):
+        del early[name]
+        if left:
+            with pytest.raises(ValueError, match="lacks probes/"):
+                statescope.open(place)
+    got = statescope.open(place)
+    assert set(got["probes"].data_vars) == {"contribution", "share", "share_before"}
+    np.testing.assert_array_equal(got["probes"].share, want["probes"].share)

@@ -4,16 +4,19 @@ Every figure reads in black and white as well: curves differ by line, marks by s
 lightness. None is left open in pyplot.
 """
 
+from statescope.analyses.plots.attention import attention_figure
 from statescope.analyses.plots.decay import decay_figure, retention_figure
 from statescope.analyses.plots.failure import failure_figure
 from statescope.analyses.plots.loss import loss_figure
 from statescope.analyses.plots.overload import overload_figure
 from statescope.analyses.plots.passkey import PasskeyPanel, passkey_figure, passkey_map
+from statescope.analyses.plots.remembrance import remembrance_figure
 from statescope.analyses.plots.state import rank_figure, state_figure
 from statescope.analyses.plots.strip import token_strip
 
 __all__ = [
     "PasskeyPanel",
+    "attention_figure",
     "decay_figure",
     "failure_figure",
     "loss_figure",
@@ -21,6 +24,7 @@ __all__ = [
     "passkey_figure",
     "passkey_map",
     "rank_figure",
+    "remembrance_figure",
     "retention_figure",
     "state_figure",
     "token_strip",

@@ -134,7 +134,7 @@ def decay_figure(record: xr.DataTree, train_length: int | None = None) -> Figure
         _draw_half_lives(axes[0, 1], found)
         for ax in axes[0]:
             if length is not None:
-                ax.axhline(length, **TRAIN_LENGTH, label="training length", path_effects=OUTLINE)
+                ax.axhline(length, **TRAIN_LENGTH, label="training length", path_effects=OUTLINE, zorder=1.9)
             ax.set_xlabel("layer")
             ax.set_yscale("log")
             ax.tick_params(labelleft=True)
@@ -176,10 +176,12 @@ def _draw_half_lives(ax: Axes, found: xr.Dataset) -> None:
         color="0.4",
         markersize=3.5 if half_life.size <= 200 else 1.8,
         markeredgewidth=0,
+        path_effects=OUTLINE if half_life.size <= 200 else None,  # not to be lost in the dashed line
+        zorder=2.1,
         label="one head",
     )
     middle, place = np.nanmedian(half_life, axis=1), np.arange(len(half_life))
-    ax.hlines(middle, place - 0.38, place + 0.38, color="black", label="median of the layer")
+    ax.hlines(middle, place - 0.38, place + 0.38, color="black", zorder=2.2, label="median of the layer")
     for i in extremes(half_life.ravel()):
         layer, head = np.unravel_index(i, half_life.shape)
         ax.annotate(

@@ -18,7 +18,15 @@ from matplotlib.patches import Rectangle
 
 from statescope.analyses.blocks import Array, group
 from statescope.analyses.plots.bins import BINS
-from statescope.analyses.plots.style import DIVERGING, SEQUENTIAL, known_length, mark_training, sheet, title
+from statescope.analyses.plots.style import (
+    DIVERGING,
+    SEQUENTIAL,
+    known_length,
+    mark_training,
+    one_of,
+    sheet,
+    title,
+)
 
 COLUMNS = 100
 """Characters of a line."""
@@ -80,8 +88,8 @@ def token_strip(
         raise ValueError(f"quantity={quantity!r}; expected 'share' or 'contribution'")
     probes = group(record, "probes")
     total = int(record.attrs["tokens"])
-    at = _one_of("probe", probe + total if probe < 0 else probe, probes["probe"])
-    here = probes.sel(sequence=_one_of("sequence", sequence, probes["sequence"]), probe=at)
+    at = one_of("probe", probe + total if probe < 0 else probe, probes["probe"])
+    here = probes.sel(sequence=one_of("sequence", sequence, probes["sequence"]), probe=at)
     here = here.isel(token=slice(0, at + 1))
     layer, head = _place(here, layer, head, tokens)
     variable = here[quantity].sel(layer=layer, head=head)
@@ -109,22 +117,15 @@ def token_strip(
     return figure
 
 
-def _one_of(name: str, given: int, present: xr.DataArray) -> int:
-    if given not in present.values:
-        some = ", ".join(str(n) for n in present.values[:12])
-        raise ValueError(f"{name}={given}; the record has {some}{', ...' if present.size > 12 else ''}")
-    return int(given)
-
-
 def _place(
     here: xr.Dataset, layer: int | None, head: int | None, tokens: tuple[int, int] | None
 ) -> tuple[int, int]:
     """Layer and head asked for, or those that hold most."""
     wanted = here
     if layer is not None:
-        wanted = wanted.sel(layer=[_one_of("layer", layer, here["layer"])])
+        wanted = wanted.sel(layer=[one_of("layer", layer, here["layer"])])
     if head is not None:
-        wanted = wanted.sel(head=[_one_of("head", head, here["head"])])
+        wanted = wanted.sel(head=[one_of("head", head, here["head"])])
     part = slice(*tokens) if tokens is not None else slice(0, max(1, here.sizes["token"] // 2))
     held = wanted["share"].isel(token=part).sum("token").compute()
     at = held.argmax(("layer", "head"))

@@ -104,6 +104,20 @@ def choose_layers(record: xr.DataTree, layers: Iterable[int] | None, most: int) 
     return [present[i] for i in at]
 
 
+def one_of(name: str, given: int, present: xr.DataArray) -> int:
+    """Return a coordinate that is there.
+
+    Raises
+    ------
+    ValueError
+        If it is not; names it and those that are.
+    """
+    if given not in present.values:
+        some = ", ".join(str(n) for n in present.values[:12])
+        raise ValueError(f"{name}={given}; the record has {some}{', ...' if present.size > 12 else ''}")
+    return int(given)
+
+
 def note_layers(figure: Figure, record: xr.DataTree, drawn: Sequence[int]) -> None:
     """Say so where not all layers are drawn."""
     total = group(record, "steps").sizes["layer"]

@@ -68,6 +68,6 @@ def _explain(table: Any, output: Path) -> None:
     found = explain_failure(table)
     typer.echo(f"\n{found.attrs['sentence']}\n\nAUC lost where a measure is shuffled:")
     for name, lost in zip(found["measure"].values, found["importance"].values, strict=True):
-        typer.echo(f"{name:>20} {lost:+.4f}")
+        typer.echo(f"{name:>24} {lost:+.4f}")
     output.write_text(json.dumps(found.to_dict()), encoding="utf-8")
     typer.echo(f"explanation: {output}")

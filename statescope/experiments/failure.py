@@ -14,7 +14,7 @@ from typing import Any
 import xarray as xr
 from torch import Tensor, nn
 
-from statescope.analyses.needle import needle_measures
+from statescope.analyses.needle import MEASURES, needle_measures
 from statescope.experiments.passkey import passkey
 from statescope.experiments.prompts import Prompt
 from statescope.tracing import trace
@@ -61,6 +61,9 @@ class NeedleStates:
     """Measures the states of a batch of prompts at their questions."""
 
     train_length: int | None = None
+
+    def __repr__(self) -> str:
+        return f"NeedleStates(train_length={self.train_length}, measures={', '.join(MEASURES)})"
 
     def __call__(self, model: nn.Module, ids: Tensor, prompts: Sequence[Prompt]) -> xr.Dataset:
         """Trace a few prompts at a time, each as one segment, so that it is read once only."""

@@ -245,9 +245,9 @@ def answer(model: nn.Module, ids: Tensor, new_tokens: int, segment: int | None =
     cache = Carry.fresh(model).cache
     fed, position = ids.to(device), 0
     chosen: list[Tensor] = []
-    with torch.no_grad(), capture(model, _our_scan):
+    with torch.no_grad(), capture(model, our_scan):
         while len(chosen) < new_tokens:
-            for part in _parts(fed, segment):
+            for part in segments(fed, segment):
                 inputs = caches.inputs(model, cache, position, part) | caches.only_last(model)
                 logits = model(part, **inputs).logits
                 position += part.shape[1]
@@ -256,15 +256,16 @@ def answer(model: nn.Module, ids: Tensor, new_tokens: int, segment: int | None =
     return torch.stack(chosen, 1).cpu()
 
 
-def _parts(ids: Tensor, segment: int) -> list[Tensor]:
-    """Segments; a single token left over goes with those before it, where it is read as they are."""
+def segments(ids: Tensor, segment: int) -> list[Tensor]:
+    """Cut token ids, (batch, time); a single token left over is read with those before it, as they are."""
     parts = list(ids.split(segment, 1))
     if len(parts) > 1 and parts[-1].shape[1] == 1:
         parts[-2:] = [torch.cat(parts[-2:], 1)]
     return parts
 
 
-def _our_scan(layer: int, call: Call, run_own: Callable[[], Any]) -> Any:
+def our_scan(layer: int, call: Call, run_own: Callable[[], Any]) -> Any:
+    """Answer a model's call of its scan with ours."""
     return call.answer(scan(call.recurrence, measure=False))
 
 

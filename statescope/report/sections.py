@@ -51,6 +51,11 @@ READINGS = {
         "The darker a token, the more of the state's energy is its own; what must be recalled should stand"
         " out.",
     ),
+    "attention": (
+        "What the last probe reads",
+        "Dark to the left of the dashed line is read from further back than training could show; heads whose"
+        " bar is full read as if they had a short window.",
+    ),
     "passkeys": (
         "Passkeys",
         "Left of the solid line passkeys are recalled; what is lost to its right, at early depths first, is"
@@ -112,6 +117,7 @@ def sections(
         "loss": (f"loss_figure(record{more})", lambda: _loss(record, train_length)),
         "rank": (f"rank_figure(record{more})", lambda: _rank(record, train_length)),
         "strip": (_strip_call(record), lambda: _strip(record)),
+        "attention": (_attention_call(record, more), lambda: _attention(record, train_length)),
     }
     if answers is not None:
         drawn["passkeys"] = f"passkey_map(answers{more})", lambda: plots.passkey_map(answers, train_length)
@@ -166,3 +172,17 @@ def _strip_call(record: xr.DataTree) -> str:
     probe = _last_probe(record)
     pieces = "" if _holds_bytes(record) else ", pieces=[tokenizer.decode([i]) for i in ids]"
     return f"token_strip(record, {-1 if probe is None else probe}{pieces})"
+
+
+def _attention(record: xr.DataTree, train_length: int | None) -> Figure | str:
+    probe = _last_probe(record)
+    if probe is None:
+        return "The record holds no probes: trace again with --probes -1."
+    if "attention" not in record["probes"]:
+        return "The record was made before probes kept what their query reads: trace again with --probes -1."
+    return plots.attention_figure(record, probe, train_length)
+
+
+def _attention_call(record: xr.DataTree, more: str) -> str:
+    probe = _last_probe(record)
+    return f"attention_figure(record, {-1 if probe is None else probe}{more})"

@@ -45,7 +45,7 @@ def judge(record: xr.DataTree, train_length: int | None, answers: xr.Dataset | N
     judged, span = overload(record, train_length), memory_span(record, train_length)
     sentences = (
         judged.attrs["sentence"],
-        forgetting(record, train_length).attrs["sentence"],
+        forgetting(record, train_length, judged=judged, span=span).attrs["sentence"],
         _span(span, train_length),
     )
     return Verdict((*sentences, *said), *_worst(judged, span), judged)

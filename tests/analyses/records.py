@@ -28,8 +28,10 @@ class Truth:
     log_decay: Array
     key: Array
     value: Array
+    query: Array | None = None
 
     def __post_init__(self) -> None:
+        self.query = self.key if self.query is None else self.query
         shape = self.log_decay.shape
         self.tokens = shape[2]
         self.write = self.key[..., :, None] * self.value[..., None, :]
@@ -46,6 +48,10 @@ class Truth:
         after = np.cumsum(self.log_decay[:, :, t:0:-1], axis=2)[:, :, ::-1]
         kept = np.exp(np.concatenate([after, np.zeros_like(self.log_decay[:, :, :1])], axis=2))
         return kept[..., None, None] * self.write[:, :, : t + 1]
+
+    def parts(self, t: int) -> Array:
+        """What the query of ``t`` reads of every write up to it, (sequence, layer, token, head, value)."""
+        return (self.query[:, :, t, None, :, :, None] * self.surviving(t)).sum(-2)
 
     def steps(self) -> dict[str, Array]:
         """Variables of ``/steps`` with one entry a token."""
@@ -75,7 +81,23 @@ def random_truth(tokens: int, seed: int = 0, strength: float = 0.1) -> Truth:
         -strength * speed * rng.exponential(size=shape),
         rng.normal(size=(*shape, KEY)),
         rng.normal(size=(*shape, VALUE)),
+        rng.normal(size=(*shape, KEY)),
     )
+
+
+def probed(truth: Truth, p: int) -> dict[str, Array]:
+    """Variables of ``/probes`` at one probe reaching to the start, in full; ``before`` left out."""
+    left, parts, state = truth.surviving(p), truth.parts(p), truth.state[:, :, p]
+    output, value = parts.sum(2), truth.value[:, :, : p + 1]
+    size = np.linalg.norm(output, axis=-1)
+    return {
+        "contribution": norm(left),
+        "share": (left * state[:, :, None]).sum((-2, -1)) / norm(state)[:, :, None] ** 2,
+        "attention": (parts * value).sum(-1) / (value**2).sum(-1),
+        "output_contribution": np.linalg.norm(parts, axis=-1),
+        "output_share": (parts * output[:, :, None]).sum(-1) / size[:, :, None] ** 2,
+        "output_norm": size,
+    }
 
 
 def thinned(steps: dict[str, Array], window: int) -> dict[str, Array]:
@@ -137,12 +159,14 @@ def make_record(
         kept = truth.state[:, :, list(snapshots)]
         writer.write("snapshots/state", kept)
     for i, p in enumerate(probes):
-        left, state = truth.surviving(p), truth.state[:, :, p, :]
         first = max(0, p - (reach or tokens) + 1)
-        share = (left * state[:, :, None]).sum((-2, -1)) / norm(state)[:, :, None] ** 2
-        at = {"probe": slice(i, i + 1), "token": slice(first, p + 1)}
-        writer.write("probes/contribution", norm(left)[:, :, None, first:], **at)
-        writer.write("probes/share", share[:, :, None, first:], **at)
-        writer.write("probes/share_before", share[:, :, None, :first].sum(3), probe=slice(i, i + 1))
+        here = {"probe": slice(i, i + 1)}
+        for name, values in probed(truth, p).items():
+            if name == "output_norm":
+                writer.write(f"probes/{name}", values[:, :, None], **here)
+                continue
+            writer.write(f"probes/{name}", values[:, :, None, first:], **here, token=slice(first, p + 1))
+            if name.endswith("share"):
+                writer.write(f"probes/{name}_before", values[:, :, None, :first].sum(3), **here)
     writer.commit(tokens if committed is None else committed, None if committed is None else b"carry")
     return statescope.open(store, chunks=chunks)

@@ -154,6 +154,47 @@ def test_what_does_not_fit_is_named(
         function(make_record(truth))
 
 
+def test_a_verdict_reuses_what_is_finished(truth: Truth) -> None:
+    record = make_record(truth, train_length=TRAIN)
+    judged, span = analyses.overload(record), analyses.memory_span(record)
+    xr.testing.assert_identical(
+        analyses.forgetting(record, judged=judged, span=span), analyses.forgetting(record)
+    )
+    for given in ({"judged": judged}, {"span": span}):
+        with pytest.raises(
+            ValueError, match=rf"{next(iter(given))} is of another record, or .* other than 8"
+        ):
+            analyses.forgetting(record, 8, **given)
+
+
+@pytest.mark.parametrize(
+    ("structure", "said"),
+    [
+        ("decay per head", ""),
+        ("decay per entry", "mean over a head's entries"),
+        ("decay per head, delta rule", "Erasing is left out"),
+        ("decay per key, delta rule", "mean over a head's keys, some of which keep for longer. Erasing is"),
+    ],
+)
+def test_what_the_decay_leaves_out_is_said(structure: str, said: str, truth: Truth) -> None:
+    record = make_record(truth, train_length=TRAIN)
+    record.attrs["structure"] = structure
+    for name in (
+        "retention",
+        "retention_at",
+        "head_reach",
+        "memories",
+        "memory_span",
+        "overload",
+        "forgetting",
+    ):
+        assert said in ALL[name](record).attrs["caveat"] and bool(said) == bool(
+            ALL[name](record).attrs["caveat"]
+        )
+    sentence = analyses.forgetting(record).attrs["sentence"]
+    assert said in sentence and sentence.endswith(".")
+
+
 def test_no_record_at_all() -> None:
     with pytest.raises(TypeError, match="record is a Dataset; expected what statescope"):
         analyses.memories(xr.Dataset())  # type: ignore[arg-type]

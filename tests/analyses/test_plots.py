@@ -37,6 +37,7 @@ FIGURES: dict[str, Callable[[xr.DataTree], Figure]] = {
     "loss": plots.loss_figure,
     "rank": plots.rank_figure,
     "strip": plots.token_strip,
+    "attention": plots.attention_figure,
 }
 
 
@@ -104,6 +105,8 @@ def test_every_figure_draws_every_record(name: str, kind: str) -> None:
     lines = [x for ax in panels for x in training_lines(ax)]
     if kind == "no train length":
         assert not lines
+    elif name == "attention":  # so far before the probe
+        assert set(lines) == ({TOKENS - 1 - TRAIN} if given.attrs["tokens"] == TOKENS else set())
     elif name != "strip":
         assert lines and set(lines) == {TRAIN}
     labelled = [ax for ax in panels if ax.get_label() != "<colorbar>"]
@@ -281,6 +284,47 @@ def test_token_strip_asks_for_pieces() -> None:
         plots.token_strip(given)
 
 
+def test_attention_figure_shows_where_heads_read() -> None:
+    figure = drawn(plots.attention_figure(KINDS["numpy"], layers=[1]))
+    left, right, _ = figure.axes
+    row = np.abs(analyses.implicit_attention(KINDS["numpy"]).isel(sequence=0, layer=1, probe=-1).values)
+    part = 100 * row / row.sum(0)
+    shown = left.collections[0].get_array().reshape(3, TOKENS)
+    np.testing.assert_allclose(shown.filled(np.nan), np.where(part.T > 0.01, part.T, np.nan), rtol=1e-5)
+    distance = analyses.mean_distance(KINDS["numpy"]).isel(sequence=0, layer=1, probe=-1).values
+    np.testing.assert_allclose(left.lines[0].get_xdata(), TOKENS - 1 - distance)
+    assert [b.get_width() for b in right.patches] == pytest.approx(
+        [100 * part.T[h, -64:].sum() / 100 for h in range(3)], rel=1e-5
+    )
+    short = plots.attention_figure(make_record(random_truth(TOKENS), probes=(90,), reach=20), 90)
+    assert drawn(short).axes[0].get_xlim()[0] == 70.5
+    for options, said in (
+        ({"probe": 3}, "probe=3; the record has"),
+        ({"sequence": 9}, "sequence=9"),
+        ({"layers": [7]}, "layer 7"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            plots.attention_figure(KINDS["numpy"], **options)
+
+
+def test_remembrance_figure() -> None:
+    rng = np.random.default_rng(0)
+    values = np.sort(rng.random((2, 9, 4)), axis=-1)[..., ::-1].copy()
+    values[:, :3, 3] = np.nan
+    coords = {"length": [1, 8, 64, 512]}
+    attrs = {"model_id": "m", "train_length": 64, "tokens": 600}
+    found = xr.Dataset({"remembrance": (("sequence", "end", "length"), values)}, coords, attrs)
+    (ax,) = drawn(plots.remembrance_figure(found)).axes
+    mean, largest, training = ax.lines
+    np.testing.assert_allclose(mean.get_ydata(), np.nanmean(values, axis=(0, 1)))
+    np.testing.assert_allclose(largest.get_ydata(), np.nanmax(values, axis=(0, 1)))
+    assert training_lines(ax) == [64] and training.get_label() == "training length"
+    alone = found.isel(sequence=[0], end=[4]).assign_attrs(train_length=None)
+    assert len(drawn(plots.remembrance_figure(alone)).axes[0].lines) == 2
+    with pytest.raises(ValueError, match="found has no remembrance"):
+        plots.remembrance_figure(found.drop_vars("remembrance"))
+
+
 def test_failure_figure() -> None:
     path = Path(__file__).parents[2] / "notebooks" / "results" / "failure-n64.json"
     found = xr.Dataset.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -297,5 +341,6 @@ def test_missing_groups_are_named() -> None:
     bare = make_record(random_truth(8), train_length=4)
     with pytest.raises(ValueError, match="no /snapshots"):
         plots.rank_figure(bare)
-    with pytest.raises(ValueError, match="no /probes"):
-        plots.token_strip(bare)
+    for figure in (plots.token_strip, plots.attention_figure):
+        with pytest.raises(ValueError, match="no /probes"):
+            figure(bare)

@@ -57,6 +57,10 @@ def check(r: Recurrence, got: ScanOutput, positions: Sequence[int]) -> None:
             assert getattr(got.steps, name).dtype == torch.float32
             assert error.max() <= WORST[dtype], name
             assert error.square().mean().sqrt() <= RMS[dtype], name
+        assert (got.erased is None) == (want.erased is None)
+        if want.erased is not None:
+            for found, truth in zip(got.erased, want.erased, strict=True):
+                assert relative(found, truth) <= STATES[dtype]
     assert got.states.shape == want.states.shape and got.final_state.dtype == torch.float32
     assert relative(got.final_state, want.final_state) <= STATES[dtype]
     if positions:

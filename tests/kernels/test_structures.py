@@ -59,11 +59,15 @@ def draw(
     return r.to(dtype)
 
 
+ERASED = ("erase_norm", "erase_strength")
+
+
 def fields(output: ScanOutput) -> dict[str, Tensor]:
     steps = output.steps
     assert steps is not None and output.y is not None
     named = {name: getattr(steps, name) for name in Steps.__dataclass_fields__}
-    return named | {"y": output.y, "final_state": output.final_state, "states": output.states}
+    named |= {"y": output.y, "final_state": output.final_state, "states": output.states}
+    return named if output.erased is None else named | dict(zip(ERASED, output.erased, strict=True))
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
@@ -92,8 +96,8 @@ def test_chunks_match_stepping(structure: str, time: int, initial: bool, dtype: 
     positions = sorted({0, time // 2, time - 1})
     want = reference.scan(r, positions=positions)
     assert_close(fields(chunked.scan(r, positions=positions)), fields(want), TOLERANCE[dtype])
-    state = want.final_state
-    for got, truth in zip(chunked.probe(r, state), reference.probe(r, state), strict=True):
+    state, query = want.final_state, r.q[:, -1]
+    for got, truth in zip(chunked.probe(r, state, query), reference.probe(r, state, query), strict=True):
         assert (got - truth).abs().max() <= 10 * TOLERANCE[dtype] * truth.abs().max().clamp(min=1.0)
 
 
@@ -128,7 +132,7 @@ def test_longer_than_a_block() -> None:
 @pytest.mark.parametrize("structure", ["per_key", "per_entry", "per_key_delta", "erase"])
 def test_in_blocks(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     r = draw(structure, 200, initial=True)
-    whole, kept = chunked.scan(r), chunked.probe(r, r.initial_state)
+    whole, kept = chunked.scan(r), chunked.probe(r, r.initial_state, r.q[:, 3])
     monkeypatch.setitem(stepped.ENTRIES, "cpu", 16 * r.batch * r.heads * r.key * r.value)
     monkeypatch.setitem(keyed.ROWS, "cpu", 1)
     positions = (3, 15, 16, 69, 130)
@@ -136,7 +140,7 @@ def test_in_blocks(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
         fields(chunked.scan(r, positions=positions)), fields(reference.scan(r, positions=positions)), 1e-12
     )
     torch.testing.assert_close(chunked.scan(r).final_state, whole.final_state)
-    for got, want in zip(chunked.probe(r, r.initial_state), kept, strict=True):
+    for got, want in zip(chunked.probe(r, r.initial_state, r.q[:, 3]), kept, strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -163,7 +167,8 @@ def test_delta_rule_is_its_vectors(structure: str) -> None:
     r = draw(structure, 40, initial=True)
     a, b = r.erase_vectors()
     want = fields(reference.scan(r))
-    assert_close(fields(reference.scan(r.replace(a=a, b=b))), want, 1e-14)
+    general = fields(reference.scan(r.replace(a=a, b=b)))
+    assert_close(general, {name: want[name] for name in general}, 1e-14)
     beta = torch.rand(2, 40, 6, dtype=torch.float64)
     gated = r.replace(write_scale=beta, a=-beta)
     state, k = r.initial_state, r.k.repeat_interleave(2, 2)
@@ -174,6 +179,27 @@ def test_delta_rule_is_its_vectors(structure: str) -> None:
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
     for kernel in (reference, chunked):
         torch.testing.assert_close(kernel.scan(gated).final_state, state)
+        torch.testing.assert_close(kernel.scan(gated).erased[1], beta)  # keys are of norm 1
+
+
+@pytest.mark.parametrize("structure", ["delta", "per_key_delta"])
+def test_what_is_erased(structure: str) -> None:
+    """With values of 0 a token does nothing but erase: the norm of its update, and what that takes."""
+    r = draw(structure, 20, initial=True)
+    r = r.replace(v=torch.zeros_like(r.v), k=2 * r.k)
+    for kernel in (reference, chunked):
+        found = kernel.scan(r, positions=range(20))
+        norm, strength = found.erased
+        torch.testing.assert_close(norm, found.steps.write_norm)
+        before = torch.cat([r.initial_state[:, None], found.states[:, :-1]], 1)
+        decay = r.log_decay.exp()
+        decayed = decay.reshape(*decay.shape, *(1,) * (5 - decay.ndim)) * before
+        k = r.k.repeat_interleave(2, 2)[..., None, :]
+        reads = [(k @ x)[..., 0, :].norm(dim=-1) for x in (decayed, found.states)]
+        torch.testing.assert_close(reads[1], (1 - strength).abs() * reads[0])
+        taken = decayed.square().sum((-2, -1)) - found.states.square().sum((-2, -1))
+        torch.testing.assert_close(taken, (2 - strength) / strength * norm**2)
+        assert kernel.scan(r, measure=False).erased is None and kernel.scan(draw()).erased is None
 
 
 def test_parts_on_request() -> None:
@@ -212,7 +238,8 @@ def test_a_write_that_is_erased_has_no_share() -> None:
     r = Recurrence(q=k, k=k, v=v, log_decay=log_decay, a=-torch.ones_like(log_decay[..., 0]))
     for kernel in (reference, chunked):
         out = kernel.scan(r)
-        contribution, share, before = kernel.probe(r, out.final_state)
+        found = kernel.probe(r, out.final_state, r.q[:, -1])
+        contribution, share, before = found.contribution, found.share, found.share_before
         want = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
         torch.testing.assert_close(contribution[0, :, 0], want)
         torch.testing.assert_close(share[0, :, 0], want**2 / 5)
@@ -231,7 +258,8 @@ def test_decay_of_keys_in_words() -> None:
     for kernel in (reference, chunked):
         out = kernel.scan(r)
         torch.testing.assert_close(out.steps.log_decay, r.log_decay.mean(-1))
-        contribution, share, _ = kernel.probe(r, out.final_state)
+        found = kernel.probe(r, out.final_state, r.q[:, -1])
+        contribution, share = found.contribution, found.share
         torch.testing.assert_close(contribution, keys.norm(dim=-1) * value.norm(dim=-1))
         read = torch.einsum("bthk,bhkv,bthv->bth", keys, out.final_state, value)
         torch.testing.assert_close(share, read / out.final_state.square().sum((-2, -1))[:, None])
@@ -316,10 +344,35 @@ def test_splitting_changes_nothing(structure: str, time: int, cut: float, seed: 
 @given(structure=st.sampled_from(STRUCTURES), seed=st.integers(0, 99))
 def test_shares_sum_to_one(structure: str, seed: int) -> None:
     r = draw(structure, 40, initial=True, seed=seed)
-    state = reference.scan(r, measure=False).final_state
+    end = reference.scan(r.replace(skip=None), measure=False)
     for kernel in (reference, chunked):
-        _, share, before = kernel.probe(r, state)
-        torch.testing.assert_close(share.sum(1) + before, torch.ones_like(before), rtol=1e-9, atol=1e-9)
+        found = kernel.probe(r, end.final_state, r.q[:, -1])
+        pairs = ((found.share, found.share_before), (found.output_share, found.output_share_before))
+        for share, before in pairs:
+            torch.testing.assert_close(share.sum(1) + before, torch.ones_like(before), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.output_norm, end.y[:, -1].norm(dim=-1))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_output_of_one_write(structure: str) -> None:
+    """A recurrence is linear in its values: with all others 0, a token's part of the output is all of it."""
+    r = draw(structure, 30).replace(skip=None)
+    end = reference.scan(r, measure=False)
+    y, v = end.y[:, -1], r.v
+    for kernel in (reference, chunked):
+        found = kernel.probe(r, end.final_state, r.q[:, -1])
+        for i in (0, 11, 29):
+            alone = torch.zeros_like(v)
+            alone[:, i] = v[:, i]
+            part = reference.scan(r.replace(v=alone), measure=False).y[:, -1]
+            torch.testing.assert_close(found.output_contribution[:, i], part.norm(dim=-1))
+            torch.testing.assert_close(found.output_share[:, i], (part * y).sum(-1) / y.square().sum(-1))
+            nearest = (part * v[:, i]).sum(-1) / v[:, i].square().sum(-1)
+            torch.testing.assert_close(found.attention[:, i], nearest)
+            if structure != "per_entry":
+                torch.testing.assert_close(part, found.attention[:, i, :, None] * v[:, i])
+        zero = kernel.probe(r.replace(v=torch.zeros_like(v)), end.final_state, r.q[:, -1])
+        assert (zero.output_contribution == 0).all() and zero.attention.isfinite().all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -332,13 +385,20 @@ def test_probe_in_parts(structure: str, time: int, cut: float) -> None:
     middle = chunked.scan(r.between(0, at, r.initial_state), measure=False).final_state
     late = r.between(at, r.time, middle)
     after = chunked.transition(late) if r.erases else late.log_decay.sum(1)
-    early = chunked.probe(r.between(0, at, r.initial_state), state, after)
-    rest = chunked.probe(late, state)
-    whole = chunked.probe(r, state)
-    for i in (0, 1):
-        torch.testing.assert_close(torch.cat([early[i], rest[i]], 1), whole[i], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(early[2], whole[2], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(rest[2], early[1].sum(1) + early[2], rtol=1e-9, atol=1e-9)
+    query = r.q[:, -1]
+    early = chunked.probe(r.between(0, at, r.initial_state), state, query, after)
+    rest = chunked.probe(late, state, query)
+    whole = chunked.probe(r, state, query)
+    for name, want in whole._asdict().items():
+        first, second = getattr(early, name), getattr(rest, name)
+        joined = torch.cat([first, second], 1) if want.ndim == 3 else first
+        scale = max(1.0, float(want.abs().max()))
+        torch.testing.assert_close(joined, want, rtol=1e-9, atol=1e-11 * scale)
+    for kind in ("share", "output_share"):
+        share, before = getattr(early, kind), getattr(early, f"{kind}_before")
+        found = getattr(rest, f"{kind}_before")
+        scale = max(1.0, float(share.abs().max()))
+        torch.testing.assert_close(found, share.sum(1) + before, rtol=1e-9, atol=1e-9 * scale)
 
 
 @settings(max_examples=10, deadline=None)
