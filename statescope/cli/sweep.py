@@ -1,0 +1,124 @@
+"""``statescope sweep``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from statescope.cli.app import app
+from statescope.cli.given import integers, numbers, plain_errors
+from statescope.cli.train import Settings, _say, base_config, read_settings
+
+SMALL: dict[str, Any] = {
+    "width": 32,
+    "head_size": 16,
+    "row": 64,
+    "rows": 16,
+    "keys": 256,
+    "values": 16,
+    "chunk": 32,
+    "learning_rate": 1e-2,
+}
+"""Settings with which a grid takes minutes on two cores; ``--set`` goes before them."""
+
+
+@app.command()
+def sweep(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of table and checkpoints; continued.")
+    ],
+    states: Annotated[str, typer.Option(help="State sizes, N.")] = "4,8,16",
+    lengths: Annotated[str, typer.Option(help="Training lengths, tokens; powers of two.")] = "16,32,64",
+    seeds: Annotated[int, typer.Option(help="Runs of every cell, from seed 0.")] = 2,
+    steps: Annotated[str, typer.Option(help="Training budgets, in steps.")] = "600",
+    uniforms: Annotated[str, typer.Option(help="Shares of uniform lags.")] = "0",
+    stream: Annotated[str, typer.Option(help="recall, or text: bytes with passkeys.")] = "recall",
+    corpus: Annotated[str, typer.Option(help="File or folder of texts, for text.")] = "",
+    settings: Settings = None,
+    small: Annotated[
+        bool, typer.Option(help="Tiny models, for a CPU; --full: those of the paper's lab.")
+    ] = True,
+    beyond: Annotated[int, typer.Option(help="Tokens of the long sequences of the evaluation.")] = 2048,
+    evaluated: Annotated[int, typer.Option(help="How many long sequences every run reads.")] = 8,
+    fuse: Annotated[bool, typer.Option(help="Fuse kernels with torch.compile.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that trace checkpoints.")] = None,
+    device: Annotated[str | None, typer.Option(help="One device. Default: all GPUs, or the CPU.")] = None,
+) -> None:
+    """Train a grid of state sizes and training lengths, and say from which length on a state forgets.
+
+    As it stands it takes some minutes on two cores. What is finished is never trained again.
+    """
+    with plain_errors():
+        sizes, spans = integers("states", states), integers("lengths", lengths)
+        budgets, shares = integers("steps", steps), numbers("uniforms", uniforms)
+        from statescope.experiments.training.cell import Effort
+        from statescope.experiments.training_length import Sweep, run
+
+        given = {"stream": stream, "corpus": corpus, **(SMALL if small else {}), **read_settings(settings)}
+        first = {"steps": min(budgets), "state_size": sizes[0], "train_length": spans[0]}
+        grid = Sweep(base_config(first | given, device), sizes, spans, range(seeds), budgets, shares)
+        effort = Effort(beyond=beyond, rows=evaluated, fuse=fuse)
+        places = [device] if device else None
+        table = run(grid, output, effort=effort, devices=places, workers=workers, finished=_say)
+        typer.echo(f"\ntable: {table}")
+        summarise(table, output, beyond)
+
+
+def summarise(table: Path, output: Path, beyond: int) -> None:
+    """Print which runs forget and what follows, and draw it."""
+    from statescope.analyses.runs import final, read_runs
+    from statescope.analyses.thresholds import learned_to_forget, thresholds
+
+    runs = final(read_runs(table))
+    for (steps, uniform), some in groups(runs):
+        far = beyond // 2
+        found = thresholds(learned_to_forget(some, far=far), size="state_size")
+        typer.echo(
+            f"\nruns that forget (steps {steps}, uniform lags {uniform:g}), by state and training length"
+        )
+        typer.echo(f"{'N':>6}" + "".join(f"{t:>9}" for t in found["train_length"].values) + "   threshold")
+        for n in found["state_size"].values:
+            row = found.sel(state_size=n)
+            cells = zip(row["fraction"].values, row["runs"].values, strict=True)
+            shares = "".join(f"{'-' if not k else f'{f * k:.0f}/{k:.0f}':>9}" for f, k in cells)
+            typer.echo(f"{n:>6}{shares}   {_between(row)}")
+    if find_spec("seaborn") is None:
+        typer.echo("no pictures: seaborn is not installed (pip install 'statescope-ssm[plots]')")
+        return
+    _draw(runs, output, beyond)
+
+
+def groups(runs: Any) -> list[tuple[tuple[int, float], Any]]:
+    """Runs by budget and by share of uniform lags."""
+    kinds = sorted(set(zip(runs["steps"].values.tolist(), runs["uniform"].values.tolist(), strict=True)))
+    return [
+        (kind, runs.isel(run=((runs["steps"] == kind[0]) & (runs["uniform"] == kind[1])).values))
+        for kind in kinds
+    ]
+
+
+def _between(row: Any) -> str:
+    last, first = float(row["last_failing"]), float(row["first_passing"])
+    if last == 0:
+        return f"at most {first:g}" if first < float("inf") else "not known"
+    return f"above {last:g}" if first == float("inf") else f"{last:g} to {first:g}"
+
+
+def _draw(runs: Any, output: Path, beyond: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from statescope.analyses.plots.laws import position_figure, threshold_figure
+
+    for (steps, uniform), some in groups(runs):
+        name = f"b{steps}-u{uniform:g}"
+        for kind, figure in (
+            ("positions", position_figure(some)),
+            ("thresholds", threshold_figure(some, far=beyond // 2)),
+        ):
+            path = output / f"{kind}-{name}.png"
+            figure.savefig(path, dpi=150)
+            typer.echo(f"picture: {path}")
