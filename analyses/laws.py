@@ -45,23 +45,18 @@ def _fit_power(x: Array, y: Array) -> Array:
 
 
 def _fit_exponential(x: Array, y: Array) -> Array:
-    """Try rates on a grid, twice as fine around the best; the rest is linear."""
-    center, width = 0.0, 8.0
-    scale = x.max()
-    best: Array = np.array([0.0, 1.0, y.mean()])
-    for _ in range(6):
-        tried = []
-        for rate in center + np.linspace(-width, width, 65):
-            if abs(rate) < 1e-6:
-                continue
-            grown = np.expm1(rate * x / scale)
-            a, c = _relative([grown, np.ones_like(x)], y)
-            error = float((((a * grown + c) / y - 1) ** 2).sum())
-            tried.append((error, rate, a, c))
-        _, center, a, c = min(tried)
-        width /= 16
-        best = np.array([a, np.exp(center / scale), c], dtype=np.float64)
-    return best
+    """Try many rates at once, then finer around the best; for each, the rest is a linear fit of two."""
+    z, center, width = x / x.max(), 0.0, 8.0
+    for _ in range(7):
+        rates = center + np.linspace(-width, width, 64)  # an even number: never 0 itself
+        grown = np.expm1(rates[:, None] * z) / rates[:, None]
+        u, v = grown / y, np.broadcast_to(1 / y, grown.shape)
+        uu, uv, vv = (u * u).sum(1), (u * v).sum(1), (v * v).sum(1)
+        det = uu * vv - uv**2
+        a, c = (vv * u.sum(1) - uv * v.sum(1)) / det, (uu * v.sum(1) - uv * u.sum(1)) / det
+        best = int((((a[:, None] * u + c[:, None] * v) - 1) ** 2).sum(1).argmin())
+        center, width = rates[best], width / 16
+    return np.array([a[best] / center, np.exp(center / x.max()), c[best]])
 
 
 LAWS: dict[str, Law] = {

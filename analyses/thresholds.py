@@ -104,7 +104,7 @@ def thresholds(
         the two ends.
     """
     known = forgets.isel(run=forgets.notnull().values)
-    sizes, lengths = (np.unique(known[name].values) for name in (size, over))
+    sizes, lengths = (np.unique(forgets[name].values) for name in (size, over))
     rng = np.random.default_rng(0)
     passed, runs = np.zeros((2, len(sizes), len(lengths)))
     draws = np.zeros((DRAWS, len(sizes), len(lengths)))
@@ -117,7 +117,7 @@ def thresholds(
                 draws[:, i, j] = (
                     rng.binomial(len(values), 0 if np.isnan(share) else share, DRAWS) / runs[i, j]
                 )
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         fraction = passed / runs
         low, high = wilson(passed, runs, confidence)
     last, first = _ends(fraction, lengths)

@@ -39,8 +39,9 @@ def train(
         from statescope.experiments.training_length import Sweep, run
 
         given = {"stream": stream, "corpus": corpus, "steps": steps, **read_settings(settings)}
+        given |= {"state_size": state_size, "train_length": train_length, "seed": seed}
         base = base_config(given, device)
-        sweep = Sweep(base, [state_size], [train_length], [seed])
+        sweep = Sweep(base, [base.state_size], [base.train_length], [base.seed])
         effort = Effort(beyond=beyond, fuse=False)
         table = run(sweep, output, effort=effort, devices=[device] if device else None, finished=_say)
         typer.echo(f"checkpoint: {output / 'runs' / sweep.runs[0].name()}\ntable: {table}")
@@ -79,10 +80,10 @@ def read_settings(given: list[str] | None) -> dict[str, Any]:
 def _say(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         inside, beyond = (_recent(row[part]) for part in ("inside", "beyond"))
-        seconds = row["made"]["train_seconds"]
+        seconds, last = row["made"]["train_seconds"], row["beyond"]["position"][-1]
         typer.echo(
-            f"{row['run']} step {row['step']}: recent recall {inside:.3f} inside, {beyond:.3f} at the end of"
-            f" {row['beyond']['position'][-1] * 2:,} tokens ({seconds:.0f} s, {row['made']['runs_together']} runs)"
+            f"{row['run']} step {row['step']}: recall at short lags {inside:.3f} inside, {beyond:.3f} from"
+            f" token {last:,} on ({seconds:.0f} s, {row['made']['runs_together']} runs)"
         )
 
 

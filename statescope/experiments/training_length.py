@@ -134,7 +134,7 @@ def run(
     usual = 0 if places == ["cpu"] else max(1, (os.cpu_count() or 1) - 2 * len(places))
     with _tracers(usual if workers is None else workers) as tracers:
         for cell, rows in _trained(cells, folder, places, effort, progress):
-            _measure(rows, folder, tracers)
+            _measure(rows, folder, effort.traced, tracers)
             known = {(r["run"], r["step"]) for r in table.rows}
             table.add([r for r in rows if (r["run"], r["step"]) not in known])
             forget(cell, folder)
@@ -209,13 +209,13 @@ def _tracers(workers: int) -> Iterator[Executor | None]:
         yield pool
 
 
-def _measure(rows: list[Row], folder: Path, tracers: Executor | None) -> None:
+def _measure(rows: list[Row], folder: Path, tokens: int, tracers: Executor | None) -> None:
     """Add to every row what the states of its checkpoint do."""
     places = [folder / row["checkpoint"] for row in rows]
     if tracers is None:
-        found = [state_measures(place) for place in places]
+        found = [state_measures(place, tokens) for place in places]
     else:
-        pending: list[Future[dict[str, Any]]] = [tracers.submit(state_measures, p) for p in places]
+        pending: list[Future[dict[str, Any]]] = [tracers.submit(state_measures, p, tokens) for p in places]
         found = [future.result() for future in pending]
     for row, states in zip(rows, found, strict=True):
         row["states"] = states

@@ -36,6 +36,8 @@ class Effort:
         The state of an unfinished cell is kept about this often.
     fuse : bool
         Fuse with ``torch.compile``; worth its minute on a GPU.
+    traced : int
+        Tokens over which the states of every run are measured.
     passkeys : tuple of int
         Lengths of the passkey prompts, for text; () asks none.
     trials : int
@@ -46,11 +48,12 @@ class Effort:
     rows: int = 8
     seconds: float = 60.0
     fuse: bool = False
+    traced: int = 4096
     passkeys: tuple[int, ...] = ()
     trials: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("beyond", "rows", "trials"):
+        for name in ("beyond", "rows", "traced", "trials"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}; expected a whole number, 1 or more")

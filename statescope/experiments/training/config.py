@@ -168,7 +168,7 @@ class Config:
     def marks(self) -> list[int]:
         """Steps after which a checkpoint is kept, log-spaced, the last one among them."""
         n = self.checkpoints
-        first = min(20, self.steps)
+        first = min(20, max(1, self.steps // 4))
         spaced = {round(first * (self.steps / first) ** (i / max(n, 1))) for i in range(n)}
         return sorted(spaced | {self.steps})
 

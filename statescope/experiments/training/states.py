@@ -21,17 +21,19 @@ from statescope.tracing import trace
 SEED = 2**41
 """Of the data that is traced."""
 
-INSIDE, BEYOND = 2**13, 2**11
-"""Tokens traced: of sequences of the training length together; and at least of the one that is longer."""
+TOKENS = 2**12
+"""Tokens traced."""
 
 
-def state_measures(folder: Path) -> dict[str, Any]:
+def state_measures(folder: Path, tokens: int = TOKENS) -> dict[str, Any]:
     """Trace a run's checkpoint over new data of its own stream, and measure its states.
 
     Parameters
     ----------
     folder : Path
         The checkpoint; :class:`Config` beside it.
+    tokens : int
+        So many are traced in sequences of the training length, and half of that in one that is longer.
 
     Returns
     -------
@@ -47,7 +49,7 @@ def state_measures(folder: Path) -> dict[str, Any]:
     with _quietly():
         model = load(folder, device="cpu")
     length = config.train_length
-    record = trace(model, _ids(config, length, max(1, INSIDE // length)), **_TRACED)
+    record = trace(model, _ids(config, length, max(1, tokens // length)), **_TRACED)
     norm = record["steps"].to_dataset()["state_norm"]
     scales = time_scales(record)
     held = memories(record).isel(token=-1)
@@ -58,7 +60,7 @@ def state_measures(folder: Path) -> dict[str, Any]:
         **{name: held[name] for name in ("live_memories", "load", "coherence")},
         "norm_growth": norm.isel(token=-1) / norm.isel(token=length // 2),
     }
-    longer = max(4 * length, BEYOND)
+    longer = max(4 * length, tokens // 2)
     record = trace(model, _ids(config, longer, 1), **_TRACED)
     beyond: dict[str, xr.DataArray] = {
         "overload": overload_ratio(record).isel(token=slice(length, None)).mean("token"),
