@@ -83,7 +83,8 @@ def tabulate(rows: Sequence[Mapping[str, Any]]) -> xr.Dataset:
         By ``run`` (with the coordinates ``name``, ``step``, ``state_numbers`` and the settings) and by first
         token of the bin of ``position`` and first pair of the bin of ``lag``: ``asked``, ``right`` and
         ``loss`` (summed, nat), with ``part`` "inside" or "beyond"; and by ``layer`` and ``head`` the states'
-        measures, ``inside_...`` and ``beyond_...``. Rows may differ in sizes; what one has not is NaN.
+        measures, ``inside_...`` and ``beyond_...``; where passkeys were asked their share recalled,
+        ``passkeys``, by ``length`` and ``depth``. Rows may differ in sizes; what one has not is NaN.
     """
     positions = sorted({p for row in rows for part in ("inside", "beyond") for p in row[part]["position"]})
     lags = sorted({g for row in rows for part in ("inside", "beyond") for g in row[part]["lag"]})
@@ -112,7 +113,29 @@ def tabulate(rows: Sequence[Mapping[str, Any]]) -> xr.Dataset:
         {n: (dims, v, dict(zip(("long_name", "units"), labels[n], strict=True))) for n, v in counts.items()},
         coords,
     )
-    return table.assign(_states(rows))
+    return table.assign(_states(rows) | _passkeys(rows))
+
+
+def _passkeys(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Share of passkeys recalled, by prompt length and depth; NaN where none was asked."""
+    given = [row.get("passkeys") for row in rows]
+    known = [g for g in given if g]
+    if not known:
+        return {}
+    lengths, depths = (sorted({v for g in known for v in g[name]}) for name in ("length", "depth"))
+    out = np.full((len(rows), len(lengths), len(depths)), np.nan)
+    for i, g in enumerate(given):
+        if g:
+            at = np.ix_(np.searchsorted(lengths, g["length"]), np.searchsorted(depths, g["depth"]))
+            out[i][at] = np.array(g["right"]) / g["trials"]
+    return {
+        "passkeys": xr.DataArray(
+            out,
+            {"length": lengths, "depth": depths},
+            ("run", "length", "depth"),
+            attrs={"long_name": "passkeys recalled", "units": "1"},
+        )
+    }
 
 
 def _states(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

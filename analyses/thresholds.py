@@ -162,6 +162,22 @@ def recall_lengths(
     return xr.DataArray(longest, table["state_numbers"].coords, ("run",), "recall_length", attrs)
 
 
+def passkey_lengths(table: xr.Dataset, threshold: float = 0.95) -> xr.DataArray:
+    """Longest prompt from which a run recalls passkeys at every depth together, (run), in tokens.
+
+    The paper's :math:`T_{recall}`: accuracy of ``threshold`` or more there and at all shorter prompts; 0 if
+    the shortest fails, NaN for runs that were not asked. Source: *Stuffed Mamba*, section 4.3.
+    """
+    if "passkeys" not in table:
+        raise ValueError("table has no passkeys; ask for them when the sweep is run")
+    accuracy = table["passkeys"].mean("depth").transpose("run", "length")
+    holds = (accuracy >= threshold).values.cumprod(-1)
+    longest = (holds * table["length"].values).max(-1).astype(float)
+    longest[accuracy.isnull().all("length").values] = np.nan
+    attrs = {"long_name": "longest prompt recalled", "units": "tokens"}
+    return xr.DataArray(longest, table["state_numbers"].coords, ("run",), "recall_length", attrs)
+
+
 def context_lengths(table: xr.Dataset, within: float = WITHIN, recent: int = RECENT) -> xr.DataArray:
     """Longest context in which a run still recalls what is recent, (run), in tokens.
 

@@ -162,6 +162,8 @@ def test_cli_sweep_and_train(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     folder = next((tmp_path / "t" / "runs").iterdir())
+    table = read_runs(tmp_path / "t" / "table.jsonl")
+    assert table["lag"].values.tolist() == [0] and float(table["asked"].sum()) > 500
     record = statescope.trace(folder, "The grass is green.", device="cpu", progress=False)
     assert record["tokens"].sizes["token"] == 19
     done = CliRunner().invoke(app, ["train", "-o", str(tmp_path / "u"), "--set", "momentum=1"])

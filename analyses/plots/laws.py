@@ -41,7 +41,7 @@ def position_figure(
     """
     if quantity not in ("recall", "loss"):
         raise ValueError(f"quantity={quantity!r}; expected 'recall' or 'loss'")
-    sizes, lengths = (_some(np.unique(table[n].values), most) for n in ("state_size", "train_length"))
+    sizes, lengths = (choose(np.unique(table[n].values), most) for n in ("state_size", "train_length"))
     columns = min(3, len(sizes))
     rows = -(-len(sizes) // columns)
     curves = recall_by_position(table, recent)[quantity]
@@ -135,7 +135,7 @@ def _draw_cells(ax: Axes, found: xr.Dataset, size: str) -> None:
     ax.scatter([], [], c="white", s=50, edgecolors="0.3", label="none forgets")
     for axis, values in ((ax.xaxis, found[size].values), (ax.yaxis, found["train_length"].values)):
         axis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
-        axis.set_ticks(_some(values, 8))
+        axis.set_ticks(choose(values, 8))
         axis.set_minor_formatter(NullFormatter())
     ax.margins(0.1)
 
@@ -193,7 +193,7 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _some(values: Any, most: int) -> Any:
+def choose(values: Any, most: int) -> Any:
     """At most so many of the values, evenly spread, the ends among them."""
     at: Iterable[int] = np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
     return values[list(at)]

@@ -43,6 +43,8 @@ def sweep(
     ] = True,
     beyond: Annotated[int, typer.Option(help="Tokens of the long sequences of the evaluation.")] = 2048,
     evaluated: Annotated[int, typer.Option(help="How many long sequences every run reads.")] = 8,
+    passkeys: Annotated[str, typer.Option(help="Tokens of the passkey prompts asked, for text.")] = "",
+    trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = 16,
     fuse: Annotated[bool, typer.Option(help="Fuse kernels with torch.compile.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes that trace checkpoints.")] = None,
     device: Annotated[str | None, typer.Option(help="One device. Default: all GPUs, or the CPU.")] = None,
@@ -60,7 +62,8 @@ def sweep(
         given = {"stream": stream, "corpus": corpus, **(SMALL if small else {}), **read_settings(settings)}
         first = {"steps": min(budgets), "state_size": sizes[0], "train_length": spans[0]}
         grid = Sweep(base_config(first | given, device), sizes, spans, range(seeds), budgets, shares)
-        effort = Effort(beyond=beyond, rows=evaluated, fuse=fuse)
+        asked = tuple(integers("passkeys", passkeys or None) or ())
+        effort = Effort(beyond=beyond, rows=evaluated, fuse=fuse, passkeys=asked, trials=trials)
         places = [device] if device else None
         table = run(grid, output, effort=effort, devices=places, workers=workers, finished=_say)
         typer.echo(f"\ntable: {table}")

@@ -17,6 +17,7 @@ from statescope.analyses.thresholds import (
     best_recall,
     context_lengths,
     learned_to_forget,
+    passkey_lengths,
     recall_lengths,
     thresholds,
 )
@@ -46,7 +47,9 @@ def row(size: int, length: int, seed: int, forgets: bool, reach: int = 16) -> di
 
     config = {"state_size": size, "train_length": length, "seed": seed, "steps": 10, "learning_rate": 1e-3}
     inside = {"retention": [[0.1 if forgets else 0.9, 0.05]], "live_memories": [[float(size + seed), 1.0]]}
+    asked = {"length": [128, 256], "depth": [0.0, 1.0], "trials": 10}
     return {
+        "passkeys": asked | {"right": [[10, 10], [10, 10 if forgets else 2]]},
         "run": f"{size}-{length}-{seed}",
         "step": 10,
         "state_numbers": 10 * size,
@@ -108,8 +111,9 @@ def test_recall_and_context_lengths(table: xr.Dataset) -> None:
         assert (of_size == {4: 2 * end, 8: 2 * end, 16: 2 * end}[size]).all()
     best = best_recall(reach, "state_size")
     assert best["length"].values.tolist() == [30, 30, 126] and (best["low"] <= best["high"]).all()
-    context = context_lengths(table)
     forgets = learned_to_forget(table, far=256) == 1
+    assert (passkey_lengths(table) == np.where(forgets, 256, 128)).all()
+    context = context_lengths(table)
     assert (context[forgets.values] == 1024).all()
     fails = ~forgets.values & (table["train_length"] <= 128).values
     assert (context[fails] == 2 * table["train_length"][fails]).all()

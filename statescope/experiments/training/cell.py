@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +15,21 @@ from typing import Any
 
 import torch
 
+from statescope.experiments.passkey import passkey
 from statescope.experiments.training.config import Config
 from statescope.experiments.training.ensemble import Ensemble
 from statescope.experiments.training.evaluate import evaluate
+from statescope.experiments.training.states import quietly
+from statescope.experiments.training.streams import held_out, read_corpus
+from statescope.models import load
 
 Row = dict[str, Any]
 Tick = Callable[[int, float], None]
 
 STATE = "state.safetensors"
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Where passkeys are hidden: 0 at the start, 1 right before the question."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Effort:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}; expected a whole number, 1 or more")
+        if any(n < 128 for n in self.passkeys) or list(self.passkeys) != sorted(set(self.passkeys)):
+            raise ValueError(f"passkeys={self.passkeys}; expected lengths of 128 or more, in order")
         if self.beyond & (self.beyond - 1):
             raise ValueError(f"beyond={self.beyond}; expected a power of two")
 
@@ -109,16 +121,12 @@ def train_cell(
 
 def state_path(configs: list[Config], folder: Path) -> Path:
     """Where the state of a cell is kept while it is trained."""
-    import hashlib
-
     names = hashlib.sha256("\n".join(c.name() for c in configs).encode()).hexdigest()[:16]
     return folder / "cells" / names / STATE
 
 
 def forget(configs: list[Config], folder: Path) -> None:
     """Remove what a finished cell would have gone on from."""
-    import shutil
-
     shutil.rmtree(state_path(configs, folder).parent, ignore_errors=True)
 
 
@@ -130,10 +138,24 @@ def _rows(ensemble: Ensemble, folder: Path, step: int, effort: Effort, seconds: 
         name = config.name()
         at = Path("runs") / name / ("" if step == config.steps else f"step-{step}")
         ensemble.export(run, folder / at)
+        asked = _passkeys(config, folder / at, ensemble.device, effort)
         row = {"run": name, "step": step, "config": config.to_json(), "state_numbers": config.state_numbers}
         row |= {"entries": config.entries, "train_loss": losses[run], "checkpoint": str(at), **found[run]}
-        rows.append(row | {"made": _made(ensemble, seconds)})
+        rows.append(row | asked | {"made": _made(ensemble, seconds)})
     return rows
+
+
+def _passkeys(config: Config, folder: Path, device: torch.device, effort: Effort) -> Row:
+    """Ask a run for passkeys hidden in text it was not trained on."""
+    if not effort.passkeys or config.stream != "text":
+        return {}
+    hay = bytes(held_out(read_corpus(config.corpus))[1].tolist()).decode("utf-8", errors="ignore")
+    with quietly():
+        model = load(folder, device=device)
+    found = passkey(model, effort.passkeys, DEPTHS, effort.trials, haystack=hay, progress=False)
+    right = found["correct"].sum("trial").astype(int)
+    about = {"length": list(effort.passkeys), "depth": list(DEPTHS), "trials": effort.trials}
+    return {"passkeys": about | {"right": right.transpose("length", "depth").values.tolist()}}
 
 
 def _made(ensemble: Ensemble, seconds: float) -> Row:
@@ -149,8 +171,6 @@ def _made(ensemble: Ensemble, seconds: float) -> Row:
 
 
 def _write_rows(place: Path, mark: int, rows: list[Row]) -> None:
-    import json
-
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_name(f"rows-{mark}.part")
     part.write_text(json.dumps(rows), encoding="utf-8")
@@ -158,8 +178,6 @@ def _write_rows(place: Path, mark: int, rows: list[Row]) -> None:
 
 
 def _read_rows(place: Path, mark: int) -> list[Row]:
-    import json
-
     path = place.with_name(f"rows-{mark}.json")
     found: list[Row] = json.loads(path.read_text(encoding="utf-8"))
     return found

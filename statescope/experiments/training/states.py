@@ -46,7 +46,7 @@ def state_measures(folder: Path, tokens: int = TOKENS) -> dict[str, Any]:
     """
     config = Config.from_json(_settings(folder))
     torch.set_num_threads(1)
-    with _quietly():
+    with quietly():
         model = load(folder, device="cpu")
     length = config.train_length
     record = trace(model, _ids(config, length, max(1, tokens // length)), **_TRACED)
@@ -70,7 +70,7 @@ def state_measures(folder: Path, tokens: int = TOKENS) -> dict[str, Any]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Show no progress bar of transformers: a sweep loads hundreds of tiny checkpoints."""
     from transformers.utils import logging
 
