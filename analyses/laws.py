@@ -110,8 +110,9 @@ def fit_laws(
         if len(x) < law.parameters:
             continue
         value[i, : law.parameters] = p = law.fit(x, y)
-        residual = ((law.predict(p, x) - y) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-        scores[:, i] = 1 - residual, *_held_out(law, x, y)
+        spread = ((y - y.mean()) ** 2).sum()
+        residual = ((law.predict(p, x) - y) ** 2).sum()
+        scores[:, i] = 1 - residual / spread if spread else np.nan, *_held_out(law, x, y)
         if low is not None and high is not None:
             drawn = np.exp(rng.uniform(np.log(ends[0]), np.log(ends[1]), (DRAWS, len(x))))
             fits = np.array([law.fit(x, sample) for sample in drawn])

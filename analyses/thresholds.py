@@ -26,6 +26,9 @@ CAPABLE = 0.9
 LOSS_FACTOR = 2.0
 """The paper's criterion: beyond the training length, the loss is nowhere larger by more than this factor."""
 
+RECALLED = 0.9
+"""Share of right answers at a lag that counts as recalled."""
+
 DRAWS = 1000
 """Resamples of every bootstrap; the seed is fixed."""
 
@@ -146,7 +149,7 @@ def _ends(fraction: Array, lengths: NDArray[Any]) -> tuple[Array, Array]:
 
 
 def recall_lengths(
-    table: xr.Dataset, threshold: float = 0.9, tokens_per_pair: int = 2, far: int = FAR
+    table: xr.Dataset, threshold: float = RECALLED, tokens_per_pair: int = 2, far: int = FAR
 ) -> xr.DataArray:
     """Longest distance from which a run recalls, far beyond its training length, (run), in tokens.
 

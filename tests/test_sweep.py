@@ -137,7 +137,7 @@ def test_a_bad_grid_is_refused_before_anything_runs(tmp_path: Path) -> None:
         Sweep(BASE, [4], [16, 24])
     with pytest.raises(ValueError, match="seed has no values"):
         Sweep(BASE, [4], [16], [])
-    code = ["sweep", "-o", str(tmp_path / "x"), "--lengths", "16,24", "--device", "cpu"]
+    code = ["sweep", "-o", str(tmp_path / "x"), "--lengths", "16,24", "--devices", "cpu"]
     done = CliRunner().invoke(app, code)
     assert done.exit_code == 2 and "train_length=24" in done.output and not list(tmp_path.iterdir())
 
@@ -147,11 +147,13 @@ def test_cli_sweep_and_train(tmp_path: Path) -> None:
     tiny = [x for s in ("width=16", "head_size=8", "rows=2", "values=4") for x in ("--set", s)]
     arguments = ["sweep", "-o", str(tmp_path / "s"), "--states", "4", "--lengths", "16,32", "--seeds", "1"]
     done = CliRunner().invoke(
-        app, [*arguments, "--steps", "30", "--beyond", "128", "--evaluated", "1", "--device", "cpu", *tiny]
+        app, [*arguments, "--steps", "30", "--beyond", "128", "--evaluated", "1", "--devices", "cpu", *tiny]
     )
     assert done.exit_code == 0, done.output
     assert "recall at short lags" in done.output and "threshold" in done.output
     assert len(list((tmp_path / "s").glob("*.png"))) == 2
+    said = json.loads((tmp_path / "s" / "findings.json").read_text())
+    assert said[0]["runs"] == 2 and said[0]["forget"]["points"]["dims"]["train_length"] == 2
     text = tmp_path / "book.txt"
     text.write_text("The grass is green. The sky is blue. " * 300, encoding="utf-8")
     arguments = ["train", "-o", str(tmp_path / "t"), "--stream", "text", "--corpus", str(text)]

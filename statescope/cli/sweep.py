@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,9 @@ def sweep(
     trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = 16,
     fuse: Annotated[bool, typer.Option(help="Fuse kernels with torch.compile.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes that trace checkpoints.")] = None,
-    device: Annotated[str | None, typer.Option(help="One device. Default: all GPUs, or the CPU.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="Such as cuda:0,cuda:1. Default: all GPUs, or the CPU.")
+    ] = None,
 ) -> None:
     """Train a grid of state sizes and training lengths, and say from which length on a state forgets.
 
@@ -61,46 +64,43 @@ def sweep(
 
         given = {"stream": stream, "corpus": corpus, **(SMALL if small else {}), **read_settings(settings)}
         first = {"steps": min(budgets), "state_size": sizes[0], "train_length": spans[0]}
-        grid = Sweep(base_config(first | given, device), sizes, spans, range(seeds), budgets, shares)
+        grid = Sweep(base_config(first | given, devices), sizes, spans, range(seeds), budgets, shares)
         asked = tuple(integers("passkeys", passkeys or None) or ())
         effort = Effort(beyond=beyond, rows=evaluated, fuse=fuse, passkeys=asked, trials=trials)
-        places = [device] if device else None
+        places = devices.split(",") if devices else None
         table = run(grid, output, effort=effort, devices=places, workers=workers, finished=_say)
         typer.echo(f"\ntable: {table}")
         summarise(table, output, beyond)
 
 
 def summarise(table: Path, output: Path, beyond: int) -> None:
-    """Print which runs forget and what follows, and draw it."""
-    from statescope.analyses.runs import final, read_runs
+    """Print which runs forget, write what follows from it, and draw it."""
+    from statescope.analyses.findings import budgets, findings
+    from statescope.analyses.runs import read_runs
     from statescope.analyses.thresholds import learned_to_forget, thresholds
 
-    runs = final(read_runs(table))
-    for (steps, uniform), some in groups(runs):
-        far = beyond // 2
-        found = thresholds(learned_to_forget(some, far=far), size="state_size")
-        typer.echo(
-            f"\nruns that forget (steps {steps}, uniform lags {uniform:g}), by state and training length"
-        )
+    runs = read_runs(table)
+    for kind, some in budgets(runs):
+        found = thresholds(learned_to_forget(some, far=beyond // 2), size="state_size")
+        typer.echo(f"\nruns that forget, of {_name(kind)}, by state and training length")
         typer.echo(f"{'N':>6}" + "".join(f"{t:>9}" for t in found["train_length"].values) + "   threshold")
         for n in found["state_size"].values:
             row = found.sel(state_size=n)
             cells = zip(row["fraction"].values, row["runs"].values, strict=True)
             shares = "".join(f"{'-' if not k else f'{f * k:.0f}/{k:.0f}':>9}" for f, k in cells)
             typer.echo(f"{n:>6}{shares}   {_between(row)}")
+    said = output / "findings.json"
+    said.write_text(json.dumps(findings(runs, far=beyond // 2), indent=1), encoding="utf-8")
+    typer.echo(f"\nfindings: {said}")
     if find_spec("seaborn") is None:
         typer.echo("no pictures: seaborn is not installed (pip install 'statescope-ssm[plots]')")
         return
-    _draw(runs, output, beyond)
+    for kind, some in budgets(runs):
+        _draw(some, output, _name(kind), beyond)
 
 
-def groups(runs: Any) -> list[tuple[tuple[int, float], Any]]:
-    """Runs by budget and by share of uniform lags."""
-    kinds = sorted(set(zip(runs["steps"].values.tolist(), runs["uniform"].values.tolist(), strict=True)))
-    return [
-        (kind, runs.isel(run=((runs["steps"] == kind[0]) & (runs["uniform"] == kind[1])).values))
-        for kind in kinds
-    ]
+def _name(kind: dict[str, Any]) -> str:
+    return f"{kind['stream']}-b{kind['steps']}-u{kind['uniform']:g}"
 
 
 def _between(row: Any) -> str:
@@ -110,18 +110,16 @@ def _between(row: Any) -> str:
     return f"above {last:g}" if first == float("inf") else f"{last:g} to {first:g}"
 
 
-def _draw(runs: Any, output: Path, beyond: int) -> None:
+def _draw(runs: Any, output: Path, name: str, beyond: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from statescope.analyses.plots.laws import position_figure, threshold_figure
 
-    for (steps, uniform), some in groups(runs):
-        name = f"b{steps}-u{uniform:g}"
-        for kind, figure in (
-            ("positions", position_figure(some)),
-            ("thresholds", threshold_figure(some, far=beyond // 2)),
-        ):
-            path = output / f"{kind}-{name}.png"
-            figure.savefig(path, dpi=150)
-            typer.echo(f"picture: {path}")
+    for kind, figure in (
+        ("positions", position_figure(runs)),
+        ("thresholds", threshold_figure(runs, far=beyond // 2)),
+    ):
+        path = output / f"{kind}-{name}.png"
+        figure.savefig(path, dpi=150)
+        typer.echo(f"picture: {path}")

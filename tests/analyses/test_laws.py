@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from statescope.analyses.findings import findings
 from statescope.analyses.laws import LAWS, fit_laws
 from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
 from statescope.analyses.predictors import predictors, rank_correlation
@@ -188,6 +190,17 @@ def test_the_measure_that_orders_the_runs_comes_first(table: xr.Dataset) -> None
     other = found.sel(predictor="live_memories (max)")
     assert abs(other["correlation"]) < 0.8 and other["low"] < other["correlation"] < other["high"]
     assert {"train_length", "state_numbers"} <= set(found["predictor"].values)
+
+
+def test_findings_are_plain_and_complete(table: xr.Dataset) -> None:
+    (found,) = findings(table, far=256, size="state_size")
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["runs"] == 36 and found["stream"] == "recall"
+    assert found["forget"]["points"]["data_vars"]["last_failing"]["data"] == [16, 32, 64]
+    laws = found["forget"]["laws"]
+    assert laws["attrs"]["best"] in LAWS and len(laws["data_vars"]["error"]["data"]) == 3
+    assert found["recall_falls"]["data_vars"]["mean"]["data"][0][-1] == 0
+    assert found["predictors"]["coords"]["predictor"]["data"][0].startswith("retention")
 
 
 def test_figures_show_all_of_it(table: xr.Dataset) -> None:
