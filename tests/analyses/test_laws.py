@@ -205,7 +205,7 @@ def test_findings_are_plain_and_complete(table: xr.Dataset) -> None:
 
 def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     pytest.importorskip("seaborn")
-    from statescope.analyses.plots.laws import position_figure, threshold_figure
+    from statescope.analyses.plots import mechanism_figure, position_figure, threshold_figure
 
     figure = position_figure(table)
     assert [ax.get_title() for ax in figure.axes] == ["N = 4", "N = 8", "N = 16"]
@@ -217,3 +217,10 @@ def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     assert {"the paper's models", "the paper's law", "here"} <= set(right.get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="quantity='joy'"):
         position_figure(table, "joy")
+    some = [row(4, length, seed, forgets=True) for length in (16, 32) for seed in range(2)]
+    along = tabulate([{**r, "step": step} for r in some for step in (2, 5, 10)])
+    figure = mechanism_figure(along, far=256)
+    assert [len(ax.get_lines()) for ax in figure.axes] == [2, 2, 2, 2]
+    assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [2, 5, 10]
+    with pytest.raises(ValueError, match=r"\[4, 8, 16\]"):
+        mechanism_figure(table, far=256)
