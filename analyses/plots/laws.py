@@ -54,7 +54,7 @@ def position_figure(
                 here = (table["state_size"] == size) & (table["train_length"] == length)
                 _draw_curve(ax, curves.isel(run=here.values), int(length), i, quantity)
             ax.set_title(f"N = {size}", fontsize="medium")
-            _log_tokens(ax, 0)
+            _log_tokens(ax)
         for ax in axes.flat[len(sizes) :]:
             ax.set_visible(False)
         for ax in axes[-1]:
@@ -134,8 +134,7 @@ def _draw_cells(ax: Axes, found: xr.Dataset, size: str) -> None:
     ax.scatter([], [], c="black", s=50, edgecolors="0.3", label="all forget")
     ax.scatter([], [], c="white", s=50, edgecolors="0.3", label="none forgets")
     for axis, values in ((ax.xaxis, found[size].values), (ax.yaxis, found["train_length"].values)):
-        axis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
-        axis.set_ticks(choose(values, 8))
+        axis.set_ticks(choose(values, 8), [_short(v) for v in choose(values, 8)])
         axis.set_minor_formatter(NullFormatter())
     ax.margins(0.1)
 
@@ -164,9 +163,10 @@ def _draw_paper(ax: Axes, found: xr.Dataset, size: str) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     drawn = points.isel(model=(points["clamped"] == 0).values)
-    ax.plot(
-        drawn["entries"], drawn["forget_length"], "D", color="black", markersize=5, label="the paper's models"
-    )
+    for trained, face, label in ((1, "black", "the paper's models"), (0, "white", "its prediction")):
+        some = drawn.isel(model=(drawn["measured"] == trained).values)
+        style: dict[str, Any] = {"color": "black", "markerfacecolor": face, "markersize": 5}
+        ax.plot(some["entries"], some["forget_length"], "D", label=label, **style)
     grid = np.geomspace(1000 * -FORGET["intercept"] / FORGET["slope"] * 1001, 2.5e7, 200)
     ax.plot(grid, paper_forget(grid)[0], color="black", linewidth=1, label="the paper's law")
     zero = -FORGET["intercept"] / FORGET["slope"] * 1e6
@@ -181,13 +181,13 @@ def _draw_paper(ax: Axes, found: xr.Dataset, size: str) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _log_tokens(ax: Axes, _: int) -> None:
+def _log_tokens(ax: Axes) -> None:
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v, 1024)))
 
 
-def _short(value: float) -> str:
-    for unit, factor in (("M", 1e6), ("K", 1e3)):
+def _short(value: float, thousand: float = 1e3) -> str:
+    for unit, factor in (("M", thousand**2), ("K", thousand)):
         if value >= factor:
             return f"{value / factor:.3g}{unit}"
     return f"{value:g}"
