@@ -73,7 +73,7 @@ class Sweep:
         object.__setattr__(self, "runs", list(dict.fromkeys(grid)))
 
     def cells(self, done: Iterable[str] = ()) -> list[list[Config]]:
-        """Runs that are trained as one, those left out that are done; the longest work first."""
+        """Runs that are trained as one, those left out that are done; small budgets first, then long work."""
         finished, shapes = set(done), dict[str, list[Config]]()
         for run in self.runs:
             shapes.setdefault(run.shape(), []).append(run)
@@ -83,7 +83,12 @@ class Sweep:
             for i in range(0, len(runs), self.together)
             if (missing := [r for r in runs[i : i + self.together] if r.name() not in finished])
         ]
-        return sorted(cells, key=lambda c: -len(c) * c[0].tokens * (c[0].state_size + 2 * c[0].width))
+
+        def work(cell: list[Config]) -> tuple[int, int]:
+            first = cell[0]
+            return first.steps, -len(cell) * first.tokens * (first.state_size + 2 * first.width)
+
+        return sorted(cells, key=work)
 
 
 def run(

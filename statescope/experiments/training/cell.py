@@ -46,6 +46,8 @@ class Effort:
         The state of an unfinished cell is kept about this often.
     fuse : bool
         Fuse with ``torch.compile``; worth its minute on a GPU.
+    record : bool
+        On a GPU, record a training step as a graph and replay it.
     traced : int
         Tokens over which the states of every run are measured.
     passkeys : tuple of int
@@ -58,6 +60,7 @@ class Effort:
     rows: int = 8
     seconds: float = 60.0
     fuse: bool = False
+    record: bool = True
     traced: int = 4096
     passkeys: tuple[int, ...] = ()
     trials: int = 16
@@ -86,7 +89,7 @@ def train_cell(
     list of dict
         A row for every run and checkpoint, states not measured yet.
     """
-    ensemble = Ensemble(configs, device, effort.fuse)
+    ensemble = Ensemble(configs, device, effort.fuse, effort.record)
     place = state_path(configs, folder)
     if place.exists():
         ensemble.resume(place)

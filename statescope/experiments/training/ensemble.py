@@ -45,6 +45,8 @@ class Ensemble:
         Where to train.
     fuse : bool
         Let ``torch.compile`` fuse what runs between the matrix products.
+    record : bool
+        On a GPU, record a step as a graph and replay it.
 
     Raises
     ------
@@ -52,7 +54,9 @@ class Ensemble:
         If the runs cannot be trained as one.
     """
 
-    def __init__(self, configs: list[Config], device: torch.device, fuse: bool = False) -> None:
+    def __init__(
+        self, configs: list[Config], device: torch.device, fuse: bool = False, record: bool = True
+    ) -> None:
         if len({c.shape() for c in configs}) != 1:
             raise ValueError("configs are of different shapes; train them one after the other")
         first = configs[0]
@@ -79,6 +83,7 @@ class Ensemble:
             self._draw, self._compute, self._update = (
                 torch.compile(f, dynamic=False) for f in (self.batch, self.losses, self._adamw)
             )
+        self._records = record and device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def parameters(self) -> Parameters:
@@ -105,7 +110,7 @@ class Ensemble:
 
     def train(self, until: int, tick: Callable[[int, float], None] | None = None, every: int = 50) -> None:
         """Train up to a step; ``tick`` is told now and then how many were done, and the mean loss."""
-        if self.device.type == "cuda" and self._graph is None:
+        if self._records and self._graph is None:
             self._record()
         done = int(self.step)
         while done < until:
