@@ -154,6 +154,12 @@ def test_cli_sweep_and_train(tmp_path: Path) -> None:
     assert len(list((tmp_path / "s").glob("*.png"))) == 2
     said = json.loads((tmp_path / "s" / "findings.json").read_text())
     assert said[0]["runs"] == 2 and said[0]["forget"]["points"]["dims"]["train_length"] == 2
+    again = ["laws", str(tmp_path / "s" / "table.jsonl"), "-o", str(tmp_path / "l"), "--far", "64"]
+    done = CliRunner().invoke(app, again)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "l" / "findings.json").read_text()) == said
+    done = CliRunner().invoke(app, [*again[:-1], "4096"])
+    assert done.exit_code == 2 and "far=4096" in done.output
     text = tmp_path / "book.txt"
     text.write_text("The grass is green. The sky is blue. " * 300, encoding="utf-8")
     arguments = ["train", "-o", str(tmp_path / "t"), "--stream", "text", "--corpus", str(text)]

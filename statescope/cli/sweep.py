@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +9,7 @@ import typer
 
 from statescope.cli.app import app
 from statescope.cli.given import integers, numbers, plain_errors
+from statescope.cli.laws import summarise
 from statescope.cli.train import Settings, _say, base_config, read_settings
 
 SMALL: dict[str, Any] = {
@@ -70,56 +69,4 @@ def sweep(
         places = devices.split(",") if devices else None
         table = run(grid, output, effort=effort, devices=places, workers=workers, finished=_say)
         typer.echo(f"\ntable: {table}")
-        summarise(table, output, beyond)
-
-
-def summarise(table: Path, output: Path, beyond: int) -> None:
-    """Print which runs forget, write what follows from it, and draw it."""
-    from statescope.analyses.findings import budgets, findings
-    from statescope.analyses.runs import read_runs
-    from statescope.analyses.thresholds import learned_to_forget, thresholds
-
-    runs = read_runs(table)
-    for kind, some in budgets(runs):
-        found = thresholds(learned_to_forget(some, far=beyond // 2), size="state_size")
-        typer.echo(f"\nruns that forget, of {_name(kind)}, by state and training length")
-        typer.echo(f"{'N':>6}" + "".join(f"{t:>9}" for t in found["train_length"].values) + "   threshold")
-        for n in found["state_size"].values:
-            row = found.sel(state_size=n)
-            cells = zip(row["fraction"].values, row["runs"].values, strict=True)
-            shares = "".join(f"{'-' if not k else f'{f * k:.0f}/{k:.0f}':>9}" for f, k in cells)
-            typer.echo(f"{n:>6}{shares}   {_between(row)}")
-    said = output / "findings.json"
-    said.write_text(json.dumps(findings(runs, far=beyond // 2), indent=1), encoding="utf-8")
-    typer.echo(f"\nfindings: {said}")
-    if find_spec("seaborn") is None:
-        typer.echo("no pictures: seaborn is not installed (pip install 'statescope-ssm[plots]')")
-        return
-    for kind, some in budgets(runs):
-        _draw(some, output, _name(kind), beyond)
-
-
-def _name(kind: dict[str, Any]) -> str:
-    return f"{kind['stream']}-b{kind['steps']}-u{kind['uniform']:g}"
-
-
-def _between(row: Any) -> str:
-    last, first = float(row["last_failing"]), float(row["first_passing"])
-    if last == 0:
-        return f"at most {first:g}" if first < float("inf") else "not known"
-    return f"above {last:g}" if first == float("inf") else f"{last:g} to {first:g}"
-
-
-def _draw(runs: Any, output: Path, name: str, beyond: int) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from statescope.analyses.plots.laws import position_figure, threshold_figure
-
-    for kind, figure in (
-        ("positions", position_figure(runs)),
-        ("thresholds", threshold_figure(runs, far=beyond // 2)),
-    ):
-        path = output / f"{kind}-{name}.png"
-        figure.savefig(path, dpi=150)
-        typer.echo(f"picture: {path}")
+        summarise([table], output, beyond // 2)
