@@ -7,6 +7,7 @@ and far ``beyond``, the measures of its states. :mod:`statescope.experiments.tra
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,16 @@ Row = dict[str, Any]
 
 
 def read_lines(path: Path) -> tuple[list[Row], int]:
-    """Read a table; return its rows, and the bytes of its whole lines (a kill can leave half a line).
+    """Read a table, as it is or packed (``.xz``).
+
+    Returns its rows, and the bytes of its whole lines (a kill can leave half a line).
 
     Raises
     ------
     ValueError
         If the file is something else, or damaged; says where.
     """
-    data = path.read_bytes()
+    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     whole = data.rfind(b"\n") + 1
     rows: list[Row] = []
     for number, line in enumerate(data[:whole].splitlines(), 1):

@@ -78,8 +78,12 @@ def learned_to_forget(
 
 def recent_recall(table: xr.Dataset, far: int = FAR, recent: int = RECENT) -> xr.Dataset:
     """Recall of recent pairs, ``inside`` the training length and ``far`` beyond it, (run)."""
-    by_lag = recall(table.isel(lag=(table["lag"] < recent).values), far)
-    return by_lag.mean("lag", keep_attrs=True)
+    return recall(_recent(table, recent), far)
+
+
+def _recent(table: xr.Dataset, recent: int) -> xr.Dataset:
+    """What was asked at short lags, all of them together."""
+    return table[["asked", "right", "loss"]].isel(lag=(table["lag"] < recent).values).sum("lag")
 
 
 def thresholds(
@@ -158,7 +162,7 @@ def recall_lengths(
     """
     shares = recall(table, far)["far"]
     lags = table["lag"].values.astype(float)
-    ends = np.append(lags[1:], 4 * lags[-1]) - 1
+    ends = np.append(lags[1:], 2 * lags[-1]) - 1
     holds = (shares >= threshold).transpose("run", "lag").values.cumprod(-1)
     longest = (holds * ends).max(-1) * tokens_per_pair
     attrs = {"long_name": "longest distance recalled", "units": "tokens"}
@@ -187,7 +191,7 @@ def context_lengths(table: xr.Dataset, within: float = WITHIN, recent: int = REC
     The end of the last bin of positions at which, and at all before, recall of recent pairs is at most
     ``within`` below that inside the training length; the longest tested where it never fails.
     """
-    inside = recall(table.isel(lag=(table["lag"] < recent).values), 0)["inside"].mean("lag")
+    inside = recall(_recent(table, recent), 0)["inside"]
     by_position = recall_by_position(table, recent)["recall"]
     starts = by_position["position"].values.astype(float)
     ends = np.append(starts[1:], 2 * starts[-1])

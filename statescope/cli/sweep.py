@@ -46,6 +46,7 @@ def sweep(
     passkeys: Annotated[str, typer.Option(help="Tokens of the passkey prompts asked, for text.")] = "",
     trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = 16,
     fuse: Annotated[bool, typer.Option(help="Fuse kernels with torch.compile.")] = False,
+    together: Annotated[int, typer.Option(help="At most so many runs are trained as one.")] = 64,
     workers: Annotated[int | None, typer.Option(help="Processes that trace checkpoints.")] = None,
     devices: Annotated[
         str | None, typer.Option(help="Such as cuda:0,cuda:1. Default: all GPUs, or the CPU.")
@@ -63,7 +64,9 @@ def sweep(
 
         given = {"stream": stream, "corpus": corpus, **(SMALL if small else {}), **read_settings(settings)}
         first = {"steps": min(budgets), "state_size": sizes[0], "train_length": spans[0]}
-        grid = Sweep(base_config(first | given, devices), sizes, spans, range(seeds), budgets, shares)
+        grid = Sweep(
+            base_config(first | given, devices), sizes, spans, range(seeds), budgets, shares, together
+        )
         asked = tuple(integers("passkeys", passkeys or None) or ())
         effort = Effort(beyond=beyond, rows=evaluated, fuse=fuse, passkeys=asked, trials=trials)
         places = devices.split(",") if devices else None

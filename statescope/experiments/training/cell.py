@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -163,7 +164,9 @@ def _passkeys(config: Config, folder: Path, device: torch.device, effort: Effort
 
 def _made(ensemble: Ensemble, seconds: float) -> Row:
     gpu = ensemble.device.type == "cuda"
+    program = Path(sys.argv[0]).name.replace("__main__.py", "statescope")
     return {
+        "command": " ".join([program, *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(ensemble.device) if gpu else "CPU",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,

@@ -25,7 +25,7 @@ from statescope.experiments.training.streams import (
 SEED = 2**40
 """Of the data read in evaluation, the same for every run; no run is seeded so."""
 
-LAGS = (1, 4, 16, 64, 256, 1024, 4096)
+LAGS = tuple(2**i for i in range(13))
 """First pairs of the bins of lags."""
 
 Counts = dict[str, Any]
