@@ -277,6 +277,10 @@ def test_bad_settings_are_refused(changes: dict[str, object], named: str) -> Non
         TINY.but(**changes)
 
 
+def test_a_number_is_a_number() -> None:
+    assert TINY.but(uniform=1).name() == TINY.but(uniform=1.0).name() != TINY.name()
+
+
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="momentum"):
         Config.from_json({**TINY.to_json(), "momentum": 0.9})

@@ -39,7 +39,7 @@ def sweep(
     corpus: Annotated[str, typer.Option(help="File or folder of texts, for text.")] = "",
     settings: Settings = None,
     small: Annotated[
-        bool, typer.Option(help="Tiny models, for a CPU; --full: those of the paper's lab.")
+        bool, typer.Option("--small/--full", help="Tiny models, for a CPU, or wider ones, for GPUs.")
     ] = True,
     beyond: Annotated[int, typer.Option(help="Tokens of the long sequences of the evaluation.")] = 2048,
     evaluated: Annotated[int, typer.Option(help="How many long sequences every run reads.")] = 8,

@@ -111,6 +111,8 @@ class Config:
         for name in ("learning_rate", "clip"):
             _between(name, getattr(self, name), 1e-12, 1e6)
         _between("weight_decay", self.weight_decay, 0, 1e6)
+        for name in (*SHARES, "learning_rate", "clip", "weight_decay"):  # 1 and 1.0 are the same run
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.stream not in STREAMS:
             raise ValueError(f"stream={self.stream!r}; expected one of {', '.join(STREAMS)}")
         if self.dtype not in ("bfloat16", "float32"):
