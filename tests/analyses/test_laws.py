@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from statescope.analyses.findings import findings
 from statescope.analyses.laws import LAWS, fit_laws
 from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
 from statescope.analyses.predictors import predictors, rank_correlation
-from statescope.analyses.runs import read_runs, tabulate
+from statescope.analyses.runs import FORMAT, read_runs, tabulate
 from statescope.analyses.thresholds import (
     best_recall,
     context_lengths,
@@ -133,6 +134,18 @@ def test_bad_arguments_are_named(table: xr.Dataset, tmp_path: Path) -> None:
     (tmp_path / "other").write_text('{"statescope_passkeys": 1}\n')
     with pytest.raises(ValueError, match="no table of runs"):
         read_runs(tmp_path / "other")
+
+
+def test_tables_open_packed_and_cut_off(table: xr.Dataset, tmp_path: Path) -> None:
+    written = "".join(json.dumps(r) + "\n" for r in ({FORMAT: 1}, row(4, 16, 0, True), row(4, 32, 0, True)))
+    (tmp_path / "a.jsonl").write_text(written + '{"run": "half')
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(written.encode()))
+    cut, packed = (read_runs(tmp_path / name) for name in ("a.jsonl", "b.jsonl.xz"))
+    xr.testing.assert_identical(cut, packed)
+    assert read_runs(tmp_path / "a.jsonl", tmp_path / "b.jsonl.xz").sizes["run"] == 4
+    (tmp_path / "a.jsonl").write_text(written + "{no}\n")
+    with pytest.raises(ValueError, match="damaged in line 4"):
+        read_runs(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(
