@@ -52,9 +52,9 @@ def findings(
     -------
     list of dict
         For each kind: what it is, ``runs``, ``forget`` and ``recall`` (each with ``points`` and, of three
-        points or more that are known, ``laws``), ``recall_falls``, the fall of recent recall by state and
-        training length (mean over seeds), and ``predictors`` of the context in which recent pairs are
-        recalled; each value a dataset as :meth:`xarray.Dataset.to_dict` gives it.
+        points or more that are known and not all equal, ``laws``), ``recall_falls``, the fall of recent
+        recall by state and training length (over seeds), and ``predictors`` of the context in which recent
+        pairs are recalled; each value a dataset as :meth:`xarray.Dataset.to_dict` gives it.
     """
     said = []
     for kind, runs in budgets(table):
@@ -78,7 +78,7 @@ def _with_laws(points: xr.Dataset, name: str, ends: tuple[str, str]) -> dict[str
     size = str(next(iter(points[name].dims)))
     usable = np.isfinite(points[name].values) & (points[name].values > 0)
     found: dict[str, Any] = {"points": _plain(points)}
-    if usable.sum() >= 3:
+    if usable.sum() >= 3 and np.ptp(points[name].values[usable]) > 0:
         known = points.isel({size: usable})
         low, high = (known[end].values for end in ends)
         y = known[name].values

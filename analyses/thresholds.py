@@ -34,7 +34,12 @@ DRAWS = 1000
 
 
 def learned_to_forget(
-    table: xr.Dataset, within: float = WITHIN, far: int = FAR, recent: int = RECENT, criterion: str = "recall"
+    table: xr.Dataset,
+    within: float = WITHIN,
+    far: int = FAR,
+    recent: int = RECENT,
+    criterion: str = "recall",
+    capable: float = CAPABLE,
 ) -> xr.DataArray:
     r"""Judge of every run whether it has learned to forget.
 
@@ -53,11 +58,13 @@ def learned_to_forget(
         Lags below are recent, in pairs: what a state that forgets can always hold.
     criterion : str
         ``"recall"``, the first formula, or ``"loss"``, the second, which is the paper's.
+    capable : float
+        Runs that recall less of recent pairs inside the training length are not judged by recall.
 
     Returns
     -------
     DataArray, (run)
-        1 or 0; NaN for runs that do not recall :data:`CAPABLE` of recent pairs inside (by recall only).
+        1 or 0; NaN for runs that were not judged.
 
     Notes
     -----
@@ -73,7 +80,7 @@ def learned_to_forget(
         return (ratio <= LOSS_FACTOR).astype(float).where(ratio.notnull()).rename("forgets")
     both = recent_recall(table, far, recent)
     forgets = (both["far"] >= both["inside"] - within).astype(float)
-    return forgets.where(both["inside"] >= CAPABLE).rename("forgets")
+    return forgets.where(both["inside"] >= capable).rename("forgets")
 
 
 def recent_recall(table: xr.Dataset, far: int = FAR, recent: int = RECENT) -> xr.Dataset:

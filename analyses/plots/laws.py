@@ -116,6 +116,8 @@ def threshold_figure(
         ax = axes[0, 0]
         _draw_cells(ax, found, size)
         _draw_thresholds(ax, found, size, law)
+        lengths = found["train_length"].values
+        ax.set_ylim(lengths[0] / 1.6, lengths[-1] * 1.6)
         ax.set(xlabel="numbers in the state", ylabel="training length (tokens)", title="runs that forget")
         ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
         if paper:
@@ -136,7 +138,7 @@ def _draw_cells(ax: Axes, found: xr.Dataset, size: str) -> None:
     for axis, values in ((ax.xaxis, found[size].values), (ax.yaxis, found["train_length"].values)):
         axis.set_ticks(choose(values, 8), [_short(v) for v in choose(values, 8)])
         axis.set_minor_formatter(NullFormatter())
-    ax.margins(0.1)
+    ax.margins(x=0.1)
 
 
 def _draw_thresholds(ax: Axes, found: xr.Dataset, size: str, law: str | None) -> None:
@@ -144,9 +146,9 @@ def _draw_thresholds(ax: Axes, found: xr.Dataset, size: str, law: str | None) ->
     if not known.sizes[size]:
         return
     x, y = known[size].values.astype(float), known["threshold"].values
-    ends = [
-        np.abs(y - np.clip(known[n].values, 0, found["train_length"].values[-1] * 2)) for n in ("low", "high")
-    ]
+    lengths = found["train_length"].values
+    bounds = [np.clip(known[end].values, lengths[0] / 2, 2 * lengths[-1]) for end in ("low", "high")]
+    ends = [y - bounds[0], bounds[1] - y]
     ax.errorbar(x, y, ends, fmt="s", color="tab:red", markersize=5, capsize=3, zorder=4, label="threshold")
     if len(x) < 3:
         return

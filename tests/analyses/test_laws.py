@@ -15,7 +15,7 @@ from statescope.analyses.findings import findings
 from statescope.analyses.laws import LAWS, fit_laws
 from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
 from statescope.analyses.predictors import predictors, rank_correlation
-from statescope.analyses.runs import FORMAT, read_runs, tabulate
+from statescope.analyses.runs import FORMAT, read_lines, read_runs, recall, tabulate
 from statescope.analyses.thresholds import (
     best_recall,
     context_lengths,
@@ -84,6 +84,7 @@ def test_who_forgets(table: xr.Dataset, criterion: str) -> None:
     expected = table["train_length"] >= 8 * table["state_size"]
     expected = expected | ((table["state_size"] == 8) & (table["train_length"] == 32) & (table["seed"] == 2))
     assert (forgets == expected).all()
+    assert learned_to_forget(table, far=256, capable=0.995).isnull().all()
 
 
 def test_thresholds_lie_between_failing_and_passing(table: xr.Dataset) -> None:
@@ -216,6 +217,25 @@ def test_findings_are_plain_and_complete(table: xr.Dataset) -> None:
     assert found["predictors"]["coords"]["predictor"]["data"][0].startswith("retention")
 
 
+def test_the_grid_that_was_run() -> None:
+    """The table in the repository: whole, and each row says how it was made."""
+    results = Path(__file__).parents[2] / "notebooks" / "results"
+    rows, _ = read_lines(results / "h200-lab-table.jsonl.xz")
+    runs = tabulate(rows)
+    cells = set(
+        zip(*(runs[n].values.tolist() for n in ("state_size", "train_length", "seed", "steps")), strict=True)
+    )
+    assert runs.sizes["run"] == 432 and len(cells) == 6 * 6 * 3 * 2
+    assert all({"device", "torch", "date", "command", "statescope"} <= set(r["made"]) for r in rows)
+    assert runs["inside_retention"].notnull().all() and recall(runs)["far"].notnull().all()
+    said = json.loads((results / "h200-lab.json").read_text())
+    assert sum(found["runs"] for found in said) == 432
+    first = next(found for found in said if (found["steps"], found["uniform"]) == (750, 0.0))
+    judged = runs.isel(run=((runs["steps"] == 750) & (runs["uniform"] == 0)).values)
+    again = thresholds(learned_to_forget(judged), size="entries")
+    assert first["forget"]["points"]["data_vars"]["runs"]["data"] == again["runs"].values.tolist()
+
+
 def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     pytest.importorskip("seaborn")
     from statescope.analyses.plots import mechanism_figure, position_figure, threshold_figure
@@ -225,6 +245,7 @@ def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     assert len(figure.axes[0].collections) == 4 and figure.legends
     figure = threshold_figure(table, far=256)
     left, right = figure.axes
+    assert 8 <= left.get_ylim()[0] < 16 and 128 < left.get_ylim()[1] <= 256
     labels = left.get_legend_handles_labels()[1]
     assert "threshold" in labels and any("law" in label for label in labels)
     assert {"the paper's models", "the paper's law", "here"} <= set(right.get_legend_handles_labels()[1])
