@@ -132,6 +132,22 @@ def test_cells_run_side_by_side_in_processes(unbroken: Path, tmp_path: Path) -> 
         )
 
 
+def test_text_runs_are_asked_for_passkeys(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 400, encoding="utf-8")
+    base = BASE.but(stream="text", corpus=str(text), row=128, rows=1, train_length=128, steps=2, warmup=1)
+    effort = Effort(beyond=256, rows=1, traced=128, passkeys=(128, 256), trials=2)
+    table = run(Sweep(base.but(checkpoints=0), [4], [128]), tmp_path / "s", effort=effort, progress=False)
+    asked = read_runs(table)["passkeys"]
+    assert dict(asked.sizes) == {"run": 1, "length": 2, "depth": 5} and asked.notnull().all()
+    (row,) = lines(tmp_path / "s")
+    assert row["passkeys"]["trials"] == 2  # type: ignore[index]
+    with pytest.raises(ValueError, match="passkeys="):
+        Effort(passkeys=(256, 128))
+    with pytest.raises(ValueError, match="beyond=100"):
+        Effort(beyond=100)
+
+
 def test_a_bad_grid_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_length=24"):
         Sweep(BASE, [4], [16, 24])
