@@ -161,13 +161,14 @@ def test_a_bad_grid_is_refused_before_anything_runs(tmp_path: Path) -> None:
 def test_cli_sweep_and_train(tmp_path: Path) -> None:
     pytest.importorskip("seaborn")
     tiny = [x for s in ("width=16", "head_size=8", "rows=2", "values=4") for x in ("--set", s)]
+    tiny += ["--set", "checkpoints=1"]
     arguments = ["sweep", "-o", str(tmp_path / "s"), "--states", "4", "--lengths", "16,32", "--seeds", "1"]
     done = CliRunner().invoke(
         app, [*arguments, "--steps", "30", "--beyond", "128", "--evaluated", "1", "--devices", "cpu", *tiny]
     )
     assert done.exit_code == 0, done.output
     assert "recall at short lags" in done.output and "threshold" in done.output
-    assert len(list((tmp_path / "s").glob("*.png"))) == 2
+    assert len(list((tmp_path / "s").glob("*.png"))) == 3
     said = json.loads((tmp_path / "s" / "findings.json").read_text())
     assert said[0]["runs"] == 2 and said[0]["forget"]["points"]["dims"]["train_length"] == 2
     again = ["laws", str(tmp_path / "s" / "table.jsonl"), "-o", str(tmp_path / "l"), "--far", "64"]

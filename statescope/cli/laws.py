@@ -51,6 +51,7 @@ def summarise(tables: list[Path], output: Path, far: int, within: float = 0.02) 
         return
     for kind, some in budgets(runs):
         _draw(some, output, _name(kind), far, within)
+    _draw_mechanism(runs, output, far)
 
 
 def _name(kind: dict[str, Any]) -> str:
@@ -76,4 +77,16 @@ def _draw(runs: Any, output: Path, name: str, far: int, within: float) -> None:
     ):
         path = output / f"{kind}-{name}.png"
         figure.savefig(path, dpi=150)
+        typer.echo(f"picture: {path}")
+
+
+def _draw_mechanism(runs: Any, output: Path, far: int) -> None:
+    """Draw what states learn along training, of every state size with checkpoints before the last."""
+    from statescope.analyses.plots.mechanism import mechanism_figure
+
+    followed = set(runs["name"].values[(runs["step"] < runs["steps"]).values].tolist())
+    some = runs.isel(run=[name in followed for name in runs["name"].values.tolist()])
+    for size in sorted(set(some["state_size"].values.tolist())):
+        path = output / f"mechanism-n{size}.png"
+        mechanism_figure(some.isel(run=(some["state_size"] == size).values), far).savefig(path, dpi=150)
         typer.echo(f"picture: {path}")
