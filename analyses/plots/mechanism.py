@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from statescope.analyses.plots.laws import DASHES, SHADES, choose
-from statescope.analyses.plots.style import sheet
+from statescope.analyses.plots.style import log_axis, sheet
 from statescope.analyses.runs import FAR
 from statescope.analyses.thresholds import recent_recall
 
@@ -57,9 +58,12 @@ def mechanism_figure(table: xr.Dataset, far: int = FAR, most: int = 6) -> Figure
                 ax.fill_between(low["step"], low, high, color=style["color"], alpha=0.15, linewidth=0)
                 ax.plot(middle["step"], middle, linewidth=1.3, marker=".", label=f"{length:,}", **style)
             ax.set(ylabel=label, xscale="log")
-        axes[1, 1].set_yscale("log")
+        log_axis(axes[1, 1])
+        steps = choose(np.unique(table["step"].values), 5)
         for ax in axes[-1]:
             ax.set_xlabel("training step")
+            ax.set_xticks(steps, [f"{step:,}" for step in steps])
+            ax.xaxis.set_minor_formatter(NullFormatter())
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(
             handles,
