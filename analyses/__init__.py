@@ -14,24 +14,31 @@ from statescope.analyses.attention import (
 )
 from statescope.analyses.erase import erase
 from statescope.analyses.forgetting import forgetting, memory_span
+from statescope.analyses.laws import fit_laws
 from statescope.analyses.loss import loss_by_position
 from statescope.analyses.memories import live_memories, memories
 from statescope.analyses.needle import needle_measures
 from statescope.analyses.overload import overload
+from statescope.analyses.paper import paper_points
 from statescope.analyses.passkey import read_answers, recall_length
+from statescope.analyses.predictors import predictors
 from statescope.analyses.probes import contribution_of, probe_reach, share_of
 from statescope.analyses.retention import head_reach, retention, time_scales
+from statescope.analyses.runs import read_runs, recall, recall_by_position
 from statescope.analyses.snapshots import state_extremes, state_outliers, state_rank
 from statescope.analyses.state import norm_budget, overload_growth, overload_ratio, state_statistics
+from statescope.analyses.thresholds import learned_to_forget, thresholds
 
 __all__ = [
     "contribution_of",
     "effective_state_size",
     "erase",
+    "fit_laws",
     "forgetting",
     "head_reach",
     "implicit_attention",
     "interference",
+    "learned_to_forget",
     "live_memories",
     "loss_by_position",
     "mean_distance",
@@ -43,8 +50,13 @@ __all__ = [
     "overload",
     "overload_growth",
     "overload_ratio",
+    "paper_points",
+    "predictors",
     "probe_reach",
     "read_answers",
+    "read_runs",
+    "recall",
+    "recall_by_position",
     "recall_length",
     "recency_ratio",
     "retention",
@@ -53,5 +65,6 @@ __all__ = [
     "state_outliers",
     "state_rank",
     "state_statistics",
+    "thresholds",
     "time_scales",
 ]

@@ -7,7 +7,9 @@ lightness. None is left open in pyplot.
 from statescope.analyses.plots.attention import attention_figure
 from statescope.analyses.plots.decay import decay_figure, retention_figure
 from statescope.analyses.plots.failure import failure_figure
+from statescope.analyses.plots.laws import position_figure, threshold_figure
 from statescope.analyses.plots.loss import loss_figure
+from statescope.analyses.plots.mechanism import mechanism_figure
 from statescope.analyses.plots.overload import overload_figure
 from statescope.analyses.plots.passkey import PasskeyPanel, passkey_figure, passkey_map
 from statescope.analyses.plots.remembrance import remembrance_figure
@@ -20,12 +22,15 @@ __all__ = [
     "decay_figure",
     "failure_figure",
     "loss_figure",
+    "mechanism_figure",
     "overload_figure",
     "passkey_figure",
     "passkey_map",
+    "position_figure",
     "rank_figure",
     "remembrance_figure",
     "retention_figure",
     "state_figure",
+    "threshold_figure",
     "token_strip",
 ]

@@ -1,0 +1,120 @@
+"""All that a table of runs says of the two laws, as one JSON-able summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from statescope.analyses.laws import fit_laws
+from statescope.analyses.predictors import predictors
+from statescope.analyses.runs import FAR, final
+from statescope.analyses.thresholds import (
+    RECALLED,
+    WITHIN,
+    best_recall,
+    context_lengths,
+    learned_to_forget,
+    passkey_lengths,
+    recall_lengths,
+    recent_recall,
+    thresholds,
+)
+
+
+def budgets(table: xr.Dataset) -> Iterator[tuple[dict[str, Any], xr.Dataset]]:
+    """Finished runs of one kind after another: by stream, training budget, and share of uniform lags."""
+    runs, names = final(table), ("stream", "steps", "uniform")
+    kinds = sorted(set(zip(*(runs[name].values.tolist() for name in names), strict=True)))
+    for kind in kinds:
+        same = np.logical_and.reduce([runs[n].values == v for n, v in zip(names, kind, strict=True)])
+        yield dict(zip(names, kind, strict=True)), runs.isel(run=same)
+
+
+def findings(
+    table: xr.Dataset, far: int = FAR, within: float = WITHIN, size: str = "entries"
+) -> list[dict[str, Any]]:
+    """Say of every budget and kind of data who forgets, the thresholds, their laws, and what foretells them.
+
+    Parameters
+    ----------
+    table : Dataset
+        Runs.
+    far, within
+        See :func:`~statescope.analyses.thresholds.learned_to_forget`.
+    size : str
+        What laws are functions of: ``"entries"``, all numbers of recurrent and convolution state, as the
+        paper counts, ``"state_numbers"`` or ``"state_size"``.
+
+    Returns
+    -------
+    list of dict
+        For each kind: what it is, ``runs``, ``forget`` and ``recall`` (each with ``points`` and, of three
+        points or more that are known and not all equal, ``laws``), ``recall_falls``, the fall of recent
+        recall by state and training length (over seeds), and ``predictors`` of the context in which recent
+        pairs are recalled; each value a dataset as :meth:`xarray.Dataset.to_dict` gives it.
+    """
+    said = []
+    for kind, runs in budgets(table):
+        forgets = learned_to_forget(runs, within, far)
+        points = thresholds(forgets, size)
+        lengths = passkey_lengths(runs) if "passkeys" in runs else recall_lengths(runs, RECALLED, far=far)
+        recalled = best_recall(lengths.isel(run=lengths.notnull().values), size)
+        both = recent_recall(runs, far)
+        found: dict[str, Any] = {"criterion": {"within": within, "far": far, "recalled": RECALLED}}
+        found |= {**kind, "runs": runs.sizes["run"], "size": size}
+        found["forget"] = _with_laws(points, "threshold", ("low", "high"))
+        found["recall"] = _with_laws(recalled, "length", ("low", "high"))
+        found["recall_falls"] = _plain(_by_cell((both["inside"] - both["far"]).rename("fall"), size))
+        if runs.sizes["run"] >= 3:
+            found["predictors"] = _plain(predictors(runs, context_lengths(runs, within)))
+        said.append(found)
+    return said
+
+
+def _with_laws(points: xr.Dataset, name: str, ends: tuple[str, str]) -> dict[str, Any]:
+    size = str(next(iter(points[name].dims)))
+    usable = np.isfinite(points[name].values) & (points[name].values > 0)
+    found: dict[str, Any] = {"points": _plain(points)}
+    if usable.sum() >= 3 and np.ptp(points[name].values[usable]) > 0:
+        known = points.isel({size: usable})
+        low, high = (known[end].values for end in ends)
+        y = known[name].values
+        low, high = np.where(low > 0, low, y / 2), np.where(np.isfinite(high), high, 2 * y)
+        found["laws"] = _plain(fit_laws(known[size].values, y, low, high))
+    return found
+
+
+def _by_cell(values: xr.DataArray, size: str) -> xr.Dataset:
+    """Mean, least and most over the runs of every state size and training length."""
+    sizes, lengths = (np.unique(values[name].values) for name in (size, "train_length"))
+    out = np.full((3, len(sizes), len(lengths)), np.nan)
+    for i, n in enumerate(sizes):
+        for j, t in enumerate(lengths):
+            some = values.values[(values[size].values == n) & (values["train_length"].values == t)]
+            if np.isfinite(some).any():
+                out[:, i, j] = np.nanmean(some), np.nanmin(some), np.nanmax(some)
+    dims = (size, "train_length")
+    names = ("mean", "least", "most")
+    return xr.Dataset(
+        {n: (dims, v) for n, v in zip(names, out, strict=True)},
+        dict(zip(dims, (sizes, lengths), strict=True)),
+    )
+
+
+def _plain(dataset: xr.Dataset) -> dict[str, Any]:
+    """As JSON can hold it: five digits, and None for what is not finite."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        if isinstance(value, float):
+            return float(f"{value:.5g}") if np.isfinite(value) else None
+        return value
+
+    found: dict[str, Any] = plain(dataset.to_dict())
+    return found

@@ -1,0 +1,92 @@
+"""``statescope laws``."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from statescope.cli.app import app
+from statescope.cli.given import plain_errors
+
+
+@app.command()
+def laws(
+    tables: Annotated[list[Path], typer.Argument(help="Tables of runs, from statescope sweep.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for findings and figures.")],
+    far: Annotated[int, typer.Option(help="Tokens from which on positions are far beyond training.")] = 8192,
+    within: Annotated[float, typer.Option(help="How much recall of recent pairs may fall.")] = 0.02,
+) -> None:
+    """Say from which training length on a state of a given size forgets, and which law that follows."""
+    with plain_errors():
+        summarise(tables, output, far, within)
+
+
+def summarise(tables: list[Path], output: Path, far: int, within: float = 0.02) -> None:
+    """Print which runs forget, write what follows from it, and draw it."""
+    from statescope.analyses.findings import budgets, findings
+    from statescope.analyses.runs import read_runs
+    from statescope.analyses.thresholds import learned_to_forget, thresholds
+
+    runs = read_runs(*tables)
+    said = findings(runs, far, within)
+    output.mkdir(parents=True, exist_ok=True)
+    for kind, some in budgets(runs):
+        found = thresholds(learned_to_forget(some, within, far), size="state_size")
+        typer.echo(f"\nruns that forget, of {_name(kind)}, by state and training length")
+        typer.echo(f"{'N':>6}" + "".join(f"{t:>9}" for t in found["train_length"].values) + "   threshold")
+        for n in found["state_size"].values:
+            row = found.sel(state_size=n)
+            cells = zip(row["fraction"].values, row["runs"].values, strict=True)
+            shares = "".join(f"{'-' if not k else f'{f * k:.0f}/{k:.0f}':>9}" for f, k in cells)
+            typer.echo(f"{n:>6}{shares}   {_between(row)}")
+    path = output / "findings.json"
+    path.write_text(json.dumps(said, indent=1), encoding="utf-8")
+    typer.echo(f"\nfindings: {path}")
+    if find_spec("seaborn") is None:
+        typer.echo("no pictures: seaborn is not installed (pip install 'statescope-ssm[plots]')")
+        return
+    for kind, some in budgets(runs):
+        _draw(some, output, _name(kind), far, within)
+    _draw_mechanism(runs, output, far)
+
+
+def _name(kind: dict[str, Any]) -> str:
+    return f"{kind['stream']}-b{kind['steps']}-u{kind['uniform']:g}"
+
+
+def _between(row: Any) -> str:
+    last, first = float(row["last_failing"]), float(row["first_passing"])
+    if last == 0:
+        return f"at most {first:g}" if first < float("inf") else "not known"
+    return f"above {last:g}" if first == float("inf") else f"{last:g} to {first:g}"
+
+
+def _draw(runs: Any, output: Path, name: str, far: int, within: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from statescope.analyses.plots.laws import position_figure, threshold_figure
+
+    for kind, figure in (
+        ("positions", position_figure(runs)),
+        ("thresholds", threshold_figure(runs, far, within)),
+    ):
+        path = output / f"{kind}-{name}.png"
+        figure.savefig(path, dpi=150)
+        typer.echo(f"picture: {path}")
+
+
+def _draw_mechanism(runs: Any, output: Path, far: int) -> None:
+    """Draw what states learn along training, of every state size with checkpoints before the last."""
+    from statescope.analyses.plots.mechanism import mechanism_figure
+
+    followed = set(runs["name"].values[(runs["step"] < runs["steps"]).values].tolist())
+    some = runs.isel(run=[name in followed for name in runs["name"].values.tolist()])
+    for size in sorted(set(some["state_size"].values.tolist())):
+        path = output / f"mechanism-n{size}.png"
+        mechanism_figure(some.isel(run=(some["state_size"] == size).values), far).savefig(path, dpi=150)
+        typer.echo(f"picture: {path}")

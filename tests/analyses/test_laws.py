@@ -1,0 +1,260 @@
+"""Thresholds and laws, against tables and points whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from statescope.analyses.findings import findings
+from statescope.analyses.laws import LAWS, fit_laws
+from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
+from statescope.analyses.predictors import predictors, rank_correlation
+from statescope.analyses.runs import FORMAT, read_lines, read_runs, recall, tabulate
+from statescope.analyses.thresholds import (
+    best_recall,
+    context_lengths,
+    learned_to_forget,
+    passkey_lengths,
+    recall_lengths,
+    thresholds,
+)
+
+POSITIONS = [0, 16, 32, 64, 128, 256, 512]
+LAGS = [1, 4, 16, 64]
+
+
+def row(size: int, length: int, seed: int, forgets: bool, reach: int = 16) -> dict[str, Any]:
+    """A run that recalls all lags below ``reach``; one that does not forget fails beyond 2 x its training."""
+
+    def counts(beyond: bool) -> dict[str, Any]:
+        asked = np.full((len(POSITIONS), len(LAGS)), 1000)
+        if not beyond:
+            asked[np.array(POSITIONS) >= length] = 0
+        share = np.where(np.array(LAGS) < reach, 0.99, 0.2) + np.zeros(asked.shape)
+        if beyond and not forgets:
+            share[np.array(POSITIONS) >= 2 * length] *= 0.7
+        right = np.round(asked * share).astype(int)
+        return {
+            "position": POSITIONS,
+            "lag": LAGS,
+            "asked": asked.tolist(),
+            "right": right.tolist(),
+            "loss": (asked * -np.log(share)).tolist(),
+        }
+
+    config = {"state_size": size, "train_length": length, "seed": seed, "steps": 10, "learning_rate": 1e-3}
+    inside = {"retention": [[0.1 if forgets else 0.9, 0.05]], "live_memories": [[float(size + seed), 1.0]]}
+    asked = {"length": [128, 256], "depth": [0.0, 1.0], "trials": 10}
+    return {
+        "passkeys": asked | {"right": [[10, 10], [10, 10 if forgets else 2]]},
+        "run": f"{size}-{length}-{seed}",
+        "step": 10,
+        "state_numbers": 10 * size,
+        "entries": 11 * size,
+        "config": config | {"uniform": 0.0, "stream": "recall"},
+        "inside": counts(False),
+        "beyond": counts(True),
+        "states": {"inside": inside, "beyond": {"overload": [[1.0, 1.0]]}},
+    }
+
+
+@pytest.fixture(scope="module")
+def table() -> xr.Dataset:
+    """Thresholds between 16 and 32, 32 and 64, 64 and 128 for N = 4, 8, 16; of N = 8 one seed deviates."""
+    rows = []
+    for size in (4, 8, 16):
+        for length in (16, 32, 64, 128):
+            for seed in range(3):
+                forgets = length >= 8 * size
+                if (size, length, seed) == (8, 32, 2):
+                    forgets = True
+                rows.append(row(size, length, seed, forgets, reach=2 * size))
+    return tabulate(rows)
+
+
+@pytest.mark.parametrize("criterion", ["recall", "loss"])
+def test_who_forgets(table: xr.Dataset, criterion: str) -> None:
+    forgets = learned_to_forget(table, far=256, criterion=criterion)
+    expected = table["train_length"] >= 8 * table["state_size"]
+    expected = expected | ((table["state_size"] == 8) & (table["train_length"] == 32) & (table["seed"] == 2))
+    assert (forgets == expected).all()
+    assert learned_to_forget(table, far=256, capable=0.995).isnull().all()
+
+
+def test_thresholds_lie_between_failing_and_passing(table: xr.Dataset) -> None:
+    found = thresholds(learned_to_forget(table, far=256), size="state_size")
+    assert found["last_failing"].values.tolist() == [16, 32, 64]
+    assert found["first_passing"].values.tolist() == [32, 64, 128]
+    np.testing.assert_allclose(found["threshold"], np.sqrt(2) * np.array([16, 32, 64]))
+    assert (found["low"] <= found["last_failing"]).all() and (found["high"] >= found["first_passing"]).all()
+    assert float(found["low"].sel(state_size=8)) == 16  # the seed that deviates can come twice
+    assert float(found["fraction"].sel(state_size=8, train_length=32)) == pytest.approx(1 / 3)
+    assert float(found["fraction_low"].min()) == 0 and float(found["fraction_high"].max()) == 1
+
+
+def test_ends_that_are_open(table: xr.Dataset) -> None:
+    few = table.isel(run=(table["train_length"] <= 32).values)
+    found = thresholds(learned_to_forget(few, far=256), size="state_size").sel(state_size=16)
+    assert float(found["last_failing"]) == 32 and np.isinf(found["first_passing"])
+    assert np.isnan(found["threshold"])
+    incapable = tabulate([row(4, 16, 0, True, reach=1)])
+    assert learned_to_forget(incapable, far=256).isnull().all()
+    assert thresholds(learned_to_forget(incapable, far=256), size="state_size")["runs"].sum() == 0
+
+
+def test_recall_and_context_lengths(table: xr.Dataset) -> None:
+    reach = recall_lengths(table, far=256)
+    for size, end in ((4, 15), (8, 15), (16, 63)):  # bins of lags end before 4, 16, 64
+        of_size = reach.where((table["state_size"] == size) & (table["train_length"] == 128), drop=True)
+        assert (of_size == {4: 2 * end, 8: 2 * end, 16: 2 * end}[size]).all()
+    best = best_recall(reach, "state_size")
+    assert best["length"].values.tolist() == [30, 30, 126] and (best["low"] <= best["high"]).all()
+    forgets = learned_to_forget(table, far=256) == 1
+    assert (passkey_lengths(table) == np.where(forgets, 256, 128)).all()
+    context = context_lengths(table)
+    assert (context[forgets.values] == 1024).all()
+    fails = ~forgets.values & (table["train_length"] <= 128).values
+    assert (context[fails] == 2 * table["train_length"][fails]).all()
+
+
+def test_bad_arguments_are_named(table: xr.Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="criterion='hope'"):
+        learned_to_forget(table, criterion="hope")
+    with pytest.raises(ValueError, match="far=4096"):
+        learned_to_forget(table, far=4096)
+    with pytest.raises(ValueError, match="3 points"):
+        fit_laws([1, 2], [1, 2])
+    with pytest.raises(ValueError, match="positive"):
+        fit_laws([1, 2, 3], [1, np.inf, 2])
+    (tmp_path / "other").write_text('{"statescope_passkeys": 1}\n')
+    with pytest.raises(ValueError, match="no table of runs"):
+        read_runs(tmp_path / "other")
+
+
+def test_tables_open_packed_and_cut_off(table: xr.Dataset, tmp_path: Path) -> None:
+    written = "".join(json.dumps(r) + "\n" for r in ({FORMAT: 1}, row(4, 16, 0, True), row(4, 32, 0, True)))
+    (tmp_path / "a.jsonl").write_text(written + '{"run": "half')
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(written.encode()))
+    cut, packed = (read_runs(tmp_path / name) for name in ("a.jsonl", "b.jsonl.xz"))
+    xr.testing.assert_identical(cut, packed)
+    assert read_runs(tmp_path / "a.jsonl", tmp_path / "b.jsonl.xz").sizes["run"] == 4
+    (tmp_path / "a.jsonl").write_text(written + "{no}\n")
+    with pytest.raises(ValueError, match="damaged in line 4"):
+        read_runs(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("law", "truth"),
+    [("linear", (5.2, -4.5)), ("power", (2.0, 1.7)), ("exponential", (4.756, 1.365, -0.742))],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_laws_are_found_again(law: str, truth: tuple[float, ...]) -> None:
+    size = np.array([1.6, 2.4, 4.8, 8.0, 12.9, 19.3])
+    length = LAWS[law].predict(np.array(truth), size)
+    found = fit_laws(size, length, 0.97 * length, 1.03 * length)
+    value, low, high = (found[n].sel(law=law).values[: len(truth)] for n in ("value", "low", "high"))
+    np.testing.assert_allclose(value, truth, rtol=1e-3)
+    assert (low <= value).all() and (value <= high).all()
+    assert found.attrs["best"] == law and float(found["r2"].sel(law=law)) > 0.999999
+    assert float(found["error"].sel(law=law)) < 0.01
+
+
+def test_clamped_predictions_are_counted() -> None:
+    found = fit_laws([1, 2, 3, 10], [1, 40, 80, 400])
+    assert float(found["clamped"].sel(law="linear")) >= 1
+
+
+def test_the_papers_own_points() -> None:
+    points = paper_points()
+    millions = points["entries"].values / 1e6
+    np.testing.assert_allclose(millions, [19.3, 12.9, 4.8, 2.4, 1.6, 0.8], atol=0.06)  # as it prints them
+    assert points["clamped"].values.tolist() == [0, 0, 0, 0, 0, 1]
+    assert float(points["forget_length"][-1]) == 0 and list(points["model"].values) == list(MODELS)
+    assert float(points["forget_length"][0]) == pytest.approx(95.6e3, rel=0.005)  # its prediction for 780M
+    fitted = fit_laws(millions[:-1], points["forget_length"].values[:-1] / 1000)
+    np.testing.assert_allclose(fitted["value"].sel(law="linear")[:2], list(FORGET.values()), rtol=1e-6)
+    assert fitted.attrs["best"] == "linear"
+    fitted = fit_laws(millions, points["recall_length"].values / 1000)
+    np.testing.assert_allclose(fitted["value"].sel(law="exponential"), list(RECALL.values()), rtol=1e-3)
+    assert fitted.attrs["best"] == "exponential"
+
+
+def test_rank_correlation_is_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.integers(0, 6, (2, 15)).astype(float)
+        assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert np.isnan(rank_correlation(np.ones(4), np.arange(4.0)))
+
+
+def test_the_measure_that_orders_the_runs_comes_first(table: xr.Dataset) -> None:
+    forgets = learned_to_forget(table, far=256)
+    found = predictors(table, forgets)
+    first = found.isel(predictor=0)
+    assert str(first["predictor"].values) in ("retention (max)", "retention (mean)", "retention (median)")
+    assert float(first["correlation"]) == pytest.approx(-1)
+    assert float(first["low"]) <= -0.99 and float(first["most"]) == pytest.approx(-1)
+    other = found.sel(predictor="live_memories (max)")
+    assert abs(other["correlation"]) < 0.8 and other["low"] < other["correlation"] < other["high"]
+    assert {"train_length", "state_numbers"} <= set(found["predictor"].values)
+
+
+def test_findings_are_plain_and_complete(table: xr.Dataset) -> None:
+    (found,) = findings(table, far=256, size="state_size")
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["runs"] == 36 and found["stream"] == "recall"
+    assert found["forget"]["points"]["data_vars"]["last_failing"]["data"] == [16, 32, 64]
+    laws = found["forget"]["laws"]
+    assert laws["attrs"]["best"] in LAWS and len(laws["data_vars"]["error"]["data"]) == 3
+    assert found["recall_falls"]["data_vars"]["mean"]["data"][0][-1] == 0
+    assert found["predictors"]["coords"]["predictor"]["data"][0].startswith("retention")
+
+
+def test_the_grid_that_was_run() -> None:
+    """The table in the repository: whole, and each row says how it was made."""
+    results = Path(__file__).parents[2] / "notebooks" / "results"
+    rows, _ = read_lines(results / "h200-lab-table.jsonl.xz")
+    runs = tabulate(rows)
+    cells = set(
+        zip(*(runs[n].values.tolist() for n in ("state_size", "train_length", "seed", "steps")), strict=True)
+    )
+    assert runs.sizes["run"] == 432 and len(cells) == 6 * 6 * 3 * 2
+    assert all({"device", "torch", "date", "command", "statescope"} <= set(r["made"]) for r in rows)
+    assert runs["inside_retention"].notnull().all() and recall(runs)["far"].notnull().all()
+    said = json.loads((results / "h200-lab.json").read_text())
+    assert sum(found["runs"] for found in said) == 432
+    first = next(found for found in said if (found["steps"], found["uniform"]) == (750, 0.0))
+    judged = runs.isel(run=((runs["steps"] == 750) & (runs["uniform"] == 0)).values)
+    again = thresholds(learned_to_forget(judged), size="entries")
+    assert first["forget"]["points"]["data_vars"]["runs"]["data"] == again["runs"].values.tolist()
+
+
+def test_figures_show_all_of_it(table: xr.Dataset) -> None:
+    pytest.importorskip("seaborn")
+    from statescope.analyses.plots import mechanism_figure, position_figure, threshold_figure
+
+    figure = position_figure(table)
+    assert [ax.get_title() for ax in figure.axes] == ["N = 4", "N = 8", "N = 16"]
+    assert len(figure.axes[0].collections) == 4 and figure.legends
+    figure = threshold_figure(table, far=256)
+    left, right = figure.axes
+    assert 8 <= left.get_ylim()[0] < 16 and 128 < left.get_ylim()[1] <= 256
+    labels = left.get_legend_handles_labels()[1]
+    assert "threshold" in labels and any("law" in label for label in labels)
+    assert {"the paper's models", "the paper's law", "here"} <= set(right.get_legend_handles_labels()[1])
+    with pytest.raises(ValueError, match="quantity='joy'"):
+        position_figure(table, "joy")
+    some = [row(4, length, seed, forgets=True) for length in (16, 32) for seed in range(2)]
+    along = tabulate([{**r, "step": step} for r in some for step in (2, 5, 10)])
+    figure = mechanism_figure(along, far=256)
+    assert [len(ax.get_lines()) for ax in figure.axes] == [2, 2, 2, 2]
+    assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [2, 5, 10]
+    with pytest.raises(ValueError, match=r"\[4, 8, 16\]"):
+        mechanism_figure(table, far=256)
