@@ -1,12 +1,14 @@
 """How each kind of model carries its state from one forward pass to the next.
 
-transformers' models fill a ``DynamicCache``; mamba_ssm's an ``InferenceParams``, for which
+transformers' models fill a ``DynamicCache``, but for rwkv, which writes into tensors it is handed
+(:class:`StateTensors`); mamba_ssm's an ``InferenceParams``, for which
 :class:`~statescope.inference.InferenceCache` stands.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +18,18 @@ from transformers import DynamicCache
 from statescope.capture import mixers
 from statescope.inference import InferenceCache
 
-Cache = DynamicCache | InferenceCache
 
-KEYWORDS = ("cache_params", "past_key_values", "inference_params")
-"""Names under which models take their cache; the last is mamba_ssm's."""
+@dataclass(eq=False)
+class StateTensors:
+    """States that a model is handed as tensors and writes into, by name; empty before the first token."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+Cache = DynamicCache | InferenceCache | StateTensors
+
+KEYWORDS = ("cache_params", "past_key_values", "inference_params", "state")
+"""Names under which models take their cache; the last but one is mamba_ssm's, the last rwkv's."""
 
 
 def keyword(model: nn.Module) -> str:
@@ -41,6 +51,8 @@ def fresh(model: nn.Module) -> Cache:
     """Make the cache with which a text begins."""
     if keyword(model) == "inference_params":
         return InferenceCache()
+    if keyword(model) == "state":
+        return StateTensors()
     config: Any = model.config
     return DynamicCache(config=config)
 
@@ -51,10 +63,35 @@ def inputs(model: nn.Module, cache: Cache, start: int, ids: Tensor) -> dict[str,
     if isinstance(cache, InferenceCache):
         cache.max_seqlen = stop
         return {name: cache}
+    if isinstance(cache, StateTensors):
+        return _inputs_of_rwkv(model, cache, ids)
     given: dict[str, Any] = {name: cache, "use_cache": True}
     if name == "past_key_values":  # a hybrid's attention layers must know where they are
         given["position_ids"] = torch.arange(start, stop, device=ids.device).expand(ids.shape)
     return given
+
+
+def _inputs_of_rwkv(model: Any, cache: StateTensors, ids: Tensor) -> dict[str, Any]:
+    """Hand the five states over: last inputs of both mixers, numerator, denominator and frame.
+
+    transformers takes the last inputs of several sequences for several tokens where one token is read.
+    """
+    settings, table = model.config, model.get_input_embeddings().weight
+    if ids.shape[1] == 1 and len(ids) > 1:
+        if cache.tensors:
+            raise ValueError(
+                f"model is a {type(model).__name__}, which cannot go on by one token of several sequences;"
+                " pass the sequences one by one"
+            )
+        return {"use_cache": False}  # all of the text
+    if not cache.tensors:
+        shape, empty = (len(ids), settings.hidden_size, settings.num_hidden_layers), (0, 0, 0, 0, -1e30)
+        kinds = (table.dtype, table.dtype, torch.float32, torch.float32, torch.float32)
+        cache.tensors = {
+            str(i): torch.full(shape, start, dtype=kind, device=ids.device)
+            for i, (start, kind) in enumerate(zip(empty, kinds, strict=True))
+        }
+    return {"state": [cache.tensors[str(i)] for i in range(5)], "use_cache": True}
 
 
 def only_last(model: nn.Module) -> dict[str, int]:
@@ -98,6 +135,8 @@ def unpack(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for depth, (last_inputs, state) in cache.key_value_memory_dict.items():
             tensors |= {f"{depth}/inputs": last_inputs, f"{depth}/state": state}
         return tensors, {}
+    if isinstance(cache, StateTensors):
+        return dict(cache.tensors), {}
     plain: dict[str, Any] = {}
     for i, layer in enumerate(cache.layers):
         plain[str(i)] = {}
@@ -122,6 +161,9 @@ def restore(cache: Cache, tensors: dict[str, Tensor], plain: dict[str, Any], dev
     if isinstance(cache, InferenceCache):
         for depth in {int(path.split("/")[0]) for path in tensors}:
             cache.key_value_memory_dict[depth] = (tensors[f"{depth}/inputs"], tensors[f"{depth}/state"])
+        return
+    if isinstance(cache, StateTensors):
+        cache.tensors = dict(tensors)
         return
     layers: list[Any] = cache.layers
     for i, layer in enumerate(layers):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class _Current:
 
 _current: ContextVar[_Current | None] = ContextVar("statescope_current_layer", default=None)
 _lock = threading.Lock()
-_installed: dict[tuple[str, str], int] = {}
+_installed: dict[tuple[int, str], int] = {}
 
 
 def mixers(model: nn.Module) -> dict[int, nn.Module]:
@@ -69,8 +69,7 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
     ValueError
         If there is none; lists the supported families.
     """
-    modules: Iterable[Any] = model.modules()
-    found = {int(m.layer_idx): m for m in modules if hasattr(m, "layer_idx") and _scans(m)}
+    found = {depth(name, m): m for name, m in model.named_modules() if _scans(m)}
     if not found:
         kinds = sorted({f"{a.signature} ({', '.join(a.models)})" for a in ADAPTERS.values()})
         raise ValueError(
@@ -78,6 +77,12 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
             f" supported are {'; '.join(kinds)}"
         )
     return dict(sorted(found.items()))
+
+
+def depth(name: str, module: nn.Module) -> int:
+    """Layer of a module: its own word, or the first number in its name."""
+    own = getattr(module, "layer_idx", None)
+    return int(own if own is not None else next(part for part in name.split(".") if part.isdigit()))
 
 
 @contextmanager
@@ -96,8 +101,9 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
         for layer, mixer in mixers(model).items():
             stack.enter_context(_announced(mixer, layer, handler))
             home, names = _scans(mixer)  # type: ignore[misc]
-            for name in names:
-                stack.enter_context(_patched(home, name, partial(_intercepting, ADAPTERS[name])))
+            for adapter in (ADAPTERS[name] for name in names):
+                holder, name = adapter.place(mixer) if adapter.owner else (home, adapter.function)
+                stack.enter_context(_patched(holder, name, partial(_intercepting, adapter, holder)))
             if "inference_params" in inspect.signature(mixer.forward).parameters:
                 stack.enter_context(_extended(mixer.get_submodule("conv1d")))
                 if getattr(home, CONVOLUTION, None) is not None:
@@ -166,16 +172,17 @@ def _entering() -> Entering | None:
 
 @contextmanager
 def _patched(
-    module: ModuleType, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+    holder: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    key = (module.__name__, name)
+    """A function of a modeling module, or a method of one layer, in its wrapper."""
+    key = (id(holder), name)
     with _lock:
         _installed[key] = _installed.get(key, 0) + 1
         if _installed[key] == 1:
-            own: Any = getattr(module, name)
+            own: Any = getattr(holder, name)
             replacement: Any = wrapper(own)
-            replacement.__statescope_original__ = own
-            setattr(module, name, replacement)
+            replacement.__statescope_original__ = vars(holder).get(name)  # None: it is its class's
+            setattr(holder, name, replacement)
     try:
         yield
     finally:
@@ -183,11 +190,15 @@ def _patched(
             _installed[key] -= 1
             if _installed[key] == 0:
                 del _installed[key]
-                setattr(module, name, getattr(module, name).__statescope_original__)
+                original = getattr(holder, name).__statescope_original__
+                if original is None:
+                    delattr(holder, name)
+                else:
+                    setattr(holder, name, original)
 
 
-def _intercepting(adapter: Adapter, own: Callable[..., Any]) -> Callable[..., Any]:
-    fused = _is_fused(own)
+def _intercepting(adapter: Adapter, holder: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+    fused, before = _is_fused(own), (holder,) if adapter.owner else ()
 
     @wraps(own)
     def intercepted(*args: Any, **kwargs: Any) -> Any:
@@ -206,7 +217,7 @@ def _intercepting(adapter: Adapter, own: Callable[..., Any]) -> Callable[..., An
         if fused and _on_cpu(*args, *kwargs.values()):  # where mamba_ssm cannot run, and torch can
             run, mirror_dtype = own.__wrapped__, True  # type: ignore[attr-defined]
         untold = {"entering": _kept_state(current.cache, current.layer)} if adapter.forgets else {}
-        call = adapter.read(mirror_dtype, *args, **untold, **kwargs)
+        call = adapter.read(mirror_dtype, *before, *args, **untold, **kwargs)
         complete = call.complete or (lambda result: result)
         return current.handler(current.layer, call, lambda: complete(run(*args, **kwargs)))
 
@@ -234,7 +245,7 @@ def _is_fused(function: Callable[..., Any]) -> bool:
 
 
 def _scans(module: nn.Module) -> tuple[ModuleType, list[str]] | None:
-    """The modeling module whose scan functions this module's class (or a base of it) calls, and which."""
+    """The modeling module whose scans this module's class (or a base of it) calls or has, and which."""
     kind: Any = type(module)
     return _scans_of(kind)
 
@@ -244,7 +255,11 @@ def _scans_of(kind: type) -> tuple[ModuleType, list[str]] | None:
     for cls in kind.__mro__:
         home = sys.modules.get(cls.__module__)
         called = {name for member in vars(cls).values() for name in _names_used(member)}
-        names = [name for name in ADAPTERS if name in called and hasattr(home, name)]
+        names = [
+            name
+            for name, adapter in ADAPTERS.items()
+            if (adapter.owner == cls.__name__ if adapter.owner else name in called and hasattr(home, name))
+        ]
         if home is not None and names:
             return home, names
     return None

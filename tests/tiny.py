@@ -151,6 +151,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "kimi_linear": {**_LATENT, "linear_num_heads": 4, "linear_head_dim": 16},
     "bailing_hybrid": {**_LATENT, "head_dim": 16, "num_mtp_layers": 0, "kda_lower_bound": -0.2},
     "olmo_hybrid": {**_ATTENTION, **_DELTA, "linear_num_key_heads": 4},
+    "rwkv": {"hidden_size": 128, "attention_hidden_size": 128, "num_hidden_layers": 3, "context_length": 512},
 }
 """Settings by model type; every hybrid has an attention layer."""
 
@@ -170,6 +171,7 @@ RECURRENT_LAYERS = {
     "kimi_linear": [0, 2, 3],
     "bailing_hybrid": [0, 2, 3],
     "olmo_hybrid": [0, 2, 3],
+    "rwkv": [0, 1, 2],
 }
 """Depths at which a state sits."""
 
@@ -185,6 +187,12 @@ DELTA_RULE = (
 
 MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
 """Families whose own continuation of a text, by more than one token, loses the state."""
+
+WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba2", "mamba", "falcon_mamba", "rwkv")
+"""Families with a state at every depth."""
+
+PER_ENTRY = (*MAMBA_1, "rwkv")
+"""Families whose heads are channels side by side, each with decays of its own."""
 
 FAMILIES = tuple(family for family in CONFIGS if family in CONFIG_MAPPING_NAMES)
 """What the installed transformers has: bailing_hybrid came after 5.17."""
@@ -214,6 +222,9 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
 
 def cached_state(family: str, cache: Any, layer: int) -> torch.Tensor:
     """The state a model keeps, (batch, heads, key, value)."""
+    if family == "rwkv":  # numerators and denominators
+        channels = torch.stack([x[:, :, layer] for x in cache[2:4]], 1)
+        return channels.unflatten(2, (-1, 64)).transpose(1, 2).flatten(2)[:, :, None]
     state: torch.Tensor = cache.layers[layer].recurrent_states[0]
     if family in MAMBA_1:  # by channel, of which up to 64 make a head
         state = state.unflatten(1, (-1, 64))

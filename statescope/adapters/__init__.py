@@ -9,6 +9,7 @@ from statescope.adapters.interface import Adapter, Call
 from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
 from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
+from statescope.adapters.rwkv4 import LINEAR_ATTENTION
 
 _ALL = (
     CHUNK_SCAN,
@@ -20,9 +21,10 @@ _ALL = (
     RECURRENT_RULE,
     CHUNK_KDA,
     RECURRENT_KDA,
+    LINEAR_ATTENTION,
 )
 
-ADAPTERS: dict[str, Adapter] = {adapter.function: adapter for adapter in _ALL}
-"""Adapters by the name of the function they read."""
+ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for adapter in _ALL}
+"""Adapters by the name of what they read: a function, or class and method."""
 
 __all__ = ["ADAPTERS", "Adapter", "Call"]

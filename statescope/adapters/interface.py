@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
 
@@ -38,7 +40,8 @@ class Adapter:
     Attributes
     ----------
     function : str
-        The name under which modeling modules call it.
+        The name under which modeling modules call it; with an ``owner``, the method's name (after those of
+        submodules, with dots).
     signature : str
         The family's name, as users know it, and the library's.
     models : tuple of str
@@ -50,6 +53,9 @@ class Adapter:
     forgets : bool
         Whether the function begins with an empty state even where the model's cache holds one; ``read`` is
         then given that state as ``entering``.
+    owner : str
+        The layer's class, where the scan is a method and no function of its module; ``read`` is then given
+        the object whose method it is before the arguments.
     """
 
     function: str
@@ -57,3 +63,14 @@ class Adapter:
     models: tuple[str, ...]
     read: Callable[..., Call]
     forgets: bool = False
+    owner: str = ""
+
+    @property
+    def name(self) -> str:
+        """What sets it apart from all others."""
+        return f"{self.owner}.{self.function}" if self.owner else self.function
+
+    def place(self, layer: nn.Module) -> tuple[nn.Module, str]:
+        """Where the method of an ``owner`` is found: an object and the method's name."""
+        path, _, name = self.function.rpartition(".")
+        return layer.get_submodule(path), name
