@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from statescope.adapters import ADAPTERS, Adapter, Call
 from statescope.inference import Entering, InferenceCache
+from statescope.lent import keeps_itself, lent
 
 Handler = Callable[[int, Call, Callable[[], Any]], Any]
 """``handler(layer, call, run_own)`` returns what the model goes on with; ``run_own()`` is its own scan."""
@@ -100,6 +101,8 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
         stack.callback(_current.set, _current.get())  # an interrupt passes by the mixers' hooks
         for layer, mixer in mixers(model).items():
             stack.enter_context(_announced(mixer, layer, handler))
+            if keeps_itself(mixer):
+                stack.enter_context(lent(mixer, layer))
             home, names = _scans(mixer)  # type: ignore[misc]
             for adapter in (ADAPTERS[name] for name in names):
                 holder, name = adapter.place(mixer) if adapter.owner else (home, adapter.function)

@@ -12,7 +12,7 @@ import torch
 from tiny import (
     DELTA_RULE,
     FAMILIES,
-    MAMBA_1,
+    LOSING,
     PER_ENTRY,
     RECURRENT_LAYERS,
     WITHOUT_ATTENTION,
@@ -88,10 +88,10 @@ def middle(family: str) -> int:
 def forward_in_parts(family: str, model: nn.Module, cuts: list[int]) -> list[torch.Tensor]:
     """Logits of consecutive parts of the text, by the model's own means.
 
-    Mamba-1's own means are one pass: transformers loses its state between parts.
+    Where transformers loses a state between parts, one pass.
     """
     carry = Carry.fresh(model)
-    if family in MAMBA_1:
+    if family in LOSING:
         return list(forward(model, TEXT, carry).split(cuts, 1))
     return [forward(model, part, carry) for part in TEXT.split(cuts, 1)]
 
@@ -100,7 +100,12 @@ def functions(model: nn.Module) -> dict[tuple[str, str], Any]:
     """Everything in the model's modeling modules that a capture might replace."""
     homes = {cls.__module__ for mixer in mixers(model).values() for cls in type(mixer).__mro__}
     found = {(home, name): vars(sys.modules[home]).get(name) for home in homes for name in ADAPTERS}
-    return {key: function for key, function in found.items() if function is not None}
+    found = {key: function for key, function in found.items() if function is not None}
+    for depth, mixer in mixers(model).items():
+        for adapter in (a for a in ADAPTERS.values() if a.owner == type(mixer).__name__):
+            holder, name = adapter.place(mixer)
+            found[f"{depth} {adapter.owner}", name] = vars(holder).get(name, getattr(type(holder), name))
+    return found
 
 
 def hooks(model: nn.Module) -> list[str]:
@@ -164,7 +169,7 @@ def test_snapshot_is_the_cached_state(family: str, model: nn.Module) -> None:
     forward(model, TEXT, carry)
     for layer in RECURRENT_LAYERS[family]:
         state = record["snapshots"].state.sel(layer=layer, position=TOKENS - 1)
-        cached = cached_state(family, kept(carry), layer)
+        cached = cached_state(family, model, kept(carry), layer)
         assert_near(torch.from_numpy(state.values), cached)
         np.testing.assert_allclose(
             record["steps"].state_norm.sel(layer=layer, token=TOKENS - 1),
@@ -191,7 +196,7 @@ def test_observation_does_not_perturb(
     expected = forward_in_parts(family, model, cuts)
     assert len(seen) == len(expected)
     for traced, plain in zip(seen, expected, strict=True):
-        if family in MAMBA_1 and segment != TOKENS:
+        if family in LOSING and segment != TOKENS:
             assert_near(traced, plain)
         else:
             assert torch.equal(traced, plain)
@@ -239,7 +244,7 @@ def test_lost_state_is_found(family: str, model: nn.Module) -> None:
         kept = [forward(model, part, found) for part in TEXT.split(cuts, 1)][1]
     assert_near(kept, expected)
     differs = float((plain - expected).abs().max() / expected.abs().max())
-    assert differs > 1e-3 if family in MAMBA_1 else differs < 1e-5
+    assert differs > 1e-3 if family in LOSING else differs < 1e-5
 
 
 def test_layers_have_gaps(family: str, model: nn.Module) -> None:

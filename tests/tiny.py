@@ -152,6 +152,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {**_LATENT, "head_dim": 16, "num_mtp_layers": 0, "kda_lower_bound": -0.2},
     "olmo_hybrid": {**_ATTENTION, **_DELTA, "linear_num_key_heads": 4},
     "rwkv": {"hidden_size": 128, "attention_hidden_size": 128, "num_hidden_layers": 3, "context_length": 512},
+    "recurrent_gemma": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "block_types": ["recurrent", "attention", "recurrent", "recurrent"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "attention_window_size": 24,
+    },
 }
 """Settings by model type; every hybrid has an attention layer."""
 
@@ -172,6 +181,7 @@ RECURRENT_LAYERS = {
     "bailing_hybrid": [0, 2, 3],
     "olmo_hybrid": [0, 2, 3],
     "rwkv": [0, 1, 2],
+    "recurrent_gemma": [0, 2, 3],
 }
 """Depths at which a state sits."""
 
@@ -186,12 +196,15 @@ DELTA_RULE = (
 """Families that erase."""
 
 MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
-"""Families whose own continuation of a text, by more than one token, loses the state."""
+"""Families of Mamba-1's scan."""
+
+LOSING = (*MAMBA_1, "recurrent_gemma")
+"""Families whose own continuation of a text, by more than one token, loses a state."""
 
 WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba2", "mamba", "falcon_mamba", "rwkv")
 """Families with a state at every depth."""
 
-PER_ENTRY = (*MAMBA_1, "rwkv")
+PER_ENTRY = (*MAMBA_1, "rwkv", "recurrent_gemma")
 """Families whose heads are channels side by side, each with decays of its own."""
 
 FAMILIES = tuple(family for family in CONFIGS if family in CONFIG_MAPPING_NAMES)
@@ -220,8 +233,11 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     return model
 
 
-def cached_state(family: str, cache: Any, layer: int) -> torch.Tensor:
+def cached_state(family: str, model: Any, cache: Any, layer: int) -> torch.Tensor:
     """The state a model keeps, (batch, heads, key, value)."""
+    if family == "recurrent_gemma":  # on the layer
+        kept = model.model.layers[layer].temporal_block.rg_lru.recurrent_states
+        return kept.unflatten(1, (-1, 64))[:, :, None]
     if family == "rwkv":  # numerators and denominators
         channels = torch.stack([x[:, :, layer] for x in cache[2:4]], 1)
         return channels.unflatten(2, (-1, 64)).transpose(1, 2).flatten(2)[:, :, None]

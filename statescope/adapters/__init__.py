@@ -9,6 +9,7 @@ from statescope.adapters.interface import Adapter, Call
 from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
 from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
+from statescope.adapters.rglru import RNN_SCAN
 from statescope.adapters.rwkv4 import LINEAR_ATTENTION
 
 _ALL = (
@@ -22,6 +23,7 @@ _ALL = (
     CHUNK_KDA,
     RECURRENT_KDA,
     LINEAR_ATTENTION,
+    RNN_SCAN,
 )
 
 ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for adapter in _ALL}
