@@ -8,6 +8,7 @@ transformers' models fill a ``DynamicCache``, but for rwkv, which writes into te
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,10 @@ KEYWORDS = ("cache_params", "past_key_values", "inference_params", "state")
 """Names under which models take their cache; the last but one is mamba_ssm's, the last rwkv's."""
 
 
+LINEAR = "linear"
+"""Stands for MiniMax's recurrent state among the tensors of a layer."""
+
+
 def keyword(model: nn.Module) -> str:
     """Name of the model's cache argument.
 
@@ -54,7 +59,20 @@ def fresh(model: nn.Module) -> Cache:
     if keyword(model) == "state":
         return StateTensors()
     config: Any = model.config
-    return DynamicCache(config=config)
+    cache = DynamicCache(config=config)
+    own: Any = getattr(sys.modules[type(model).__module__], "MiniMaxCache", None)
+    return cache if own is None else _cache_of_minimax(own(), cache)
+
+
+def _cache_of_minimax(own: Any, typical: DynamicCache) -> DynamicCache:
+    """Tell MiniMax's cache from the start which of its layers attend.
+
+    It takes the first layer for one that does; where that has a state instead, transformers would mask the
+    attention of all segments but the first as if nothing came before.
+    """
+    own.layers, own.linear_cache = typical.layers, [None] * len(typical.layers)
+    made: DynamicCache = own
+    return made
 
 
 def inputs(model: nn.Module, cache: Cache, start: int, ids: Tensor) -> dict[str, Any]:
@@ -138,6 +156,8 @@ def unpack(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if isinstance(cache, StateTensors):
         return dict(cache.tensors), {}
     plain: dict[str, Any] = {}
+    for i, state in enumerate(getattr(cache, "linear_cache", ())):  # MiniMax's; None where there is attention
+        tensors |= {f"{i}/{LINEAR}": state} if isinstance(state, Tensor) else {}
     for i, layer in enumerate(cache.layers):
         plain[str(i)] = {}
         for name, value in vars(layer).items():
@@ -171,7 +191,10 @@ def restore(cache: Cache, tensors: dict[str, Tensor], plain: dict[str, Any], dev
             setattr(layer, name, _plain(value, device))
     for path, tensor in tensors.items():
         index, name, *key = path.split("/")
-        if key:
+        if name == LINEAR:
+            own: Any = cache
+            own.set_linear_cache(int(index), tensor)
+        elif key:
             getattr(layers[int(index)], name)[int(key[0])] = tensor
         else:
             setattr(layers[int(index)], name, tensor)

@@ -161,6 +161,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
         "attention_window_size": 24,
     },
+    "minimax": {
+        **_ATTENTION,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        "head_dim": 16,
+        "block_size": 16,
+        "intermediate_size": 48,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    },
 }
 """Settings by model type; every hybrid has an attention layer."""
 
@@ -182,6 +192,7 @@ RECURRENT_LAYERS = {
     "olmo_hybrid": [0, 2, 3],
     "rwkv": [0, 1, 2],
     "recurrent_gemma": [0, 2, 3],
+    "minimax": [0, 2, 3],
 }
 """Depths at which a state sits."""
 
@@ -241,6 +252,8 @@ def cached_state(family: str, model: Any, cache: Any, layer: int) -> torch.Tenso
     if family == "rwkv":  # numerators and denominators
         channels = torch.stack([x[:, :, layer] for x in cache[2:4]], 1)
         return channels.unflatten(2, (-1, 64)).transpose(1, 2).flatten(2)[:, :, None]
+    if family == "minimax":
+        return cache.linear_cache[layer]
     state: torch.Tensor = cache.layers[layer].recurrent_states[0]
     if family in MAMBA_1:  # by channel, of which up to 64 make a head
         state = state.unflatten(1, (-1, 64))

@@ -7,6 +7,7 @@ architecture is supported as soon as its modeling module calls a function of a k
 from statescope.adapters.gated_delta import CHUNK_RULE, RECURRENT_RULE
 from statescope.adapters.interface import Adapter, Call
 from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
+from statescope.adapters.lightning import LIGHTNING
 from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
 from statescope.adapters.rglru import RNN_SCAN
@@ -24,6 +25,7 @@ _ALL = (
     RECURRENT_KDA,
     LINEAR_ATTENTION,
     RNN_SCAN,
+    LIGHTNING,
 )
 
 ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for adapter in _ALL}
