@@ -1,6 +1,6 @@
 """How each kind of model carries its state from one forward pass to the next.
 
-transformers' models fill a ``DynamicCache``, but for rwkv, which writes into tensors it is handed
+transformers' models fill a ``DynamicCache``, but for rwkv and xlstm, which write into tensors they are handed
 (:class:`StateTensors`); mamba_ssm's an ``InferenceParams``, for which
 :class:`~statescope.inference.InferenceCache` stands.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,9 +57,9 @@ def fresh(model: nn.Module) -> Cache:
     """Make the cache with which a text begins."""
     if keyword(model) == "inference_params":
         return InferenceCache()
-    if keyword(model) == "state":
-        return StateTensors()
     config: Any = model.config
+    if getattr(config, "model_type", None) in ("rwkv", "xlstm"):
+        return StateTensors()
     cache = DynamicCache(config=config)
     own: Any = getattr(sys.modules[type(model).__module__], "MiniMaxCache", None)
     return cache if own is None else _cache_of_minimax(own(), cache)
@@ -82,7 +83,8 @@ def inputs(model: nn.Module, cache: Cache, start: int, ids: Tensor) -> dict[str,
         cache.max_seqlen = stop
         return {name: cache}
     if isinstance(cache, StateTensors):
-        return _inputs_of_rwkv(model, cache, ids)
+        of = _inputs_of_rwkv if name == "state" else _inputs_of_xlstm
+        return of(model, cache, ids)
     given: dict[str, Any] = {name: cache, "use_cache": True}
     if name == "past_key_values":  # a hybrid's attention layers must know where they are
         given["position_ids"] = torch.arange(start, stop, device=ids.device).expand(ids.shape)
@@ -112,6 +114,30 @@ def _inputs_of_rwkv(model: Any, cache: StateTensors, ids: Tensor) -> dict[str, A
     return {"state": [cache.tensors[str(i)] for i in range(5)], "use_cache": True}
 
 
+def _inputs_of_xlstm(model: Any, cache: StateTensors, ids: Tensor) -> dict[str, Any]:
+    """Hand over, for every layer, memory, normaliser and frame, float32 wherever a segment ends."""
+    settings, longest = model.config, model.config.max_inference_chunksize
+    if ids.shape[1] > longest:
+        raise ValueError(
+            f"segment: the model reads at most {longest} tokens at once (its max_inference_chunksize);"
+            f" pass segment={longest} or less"
+        )
+    if not cache.tensors:
+        heads = (len(ids), settings.num_heads)
+        shapes = ((settings.qk_head_dim, settings.v_head_dim), (settings.qk_head_dim,), (1,))
+        cache.tensors = {
+            f"{layer}/{i}": torch.zeros(*heads, *shape, device=ids.device)
+            for layer in range(settings.num_hidden_layers)
+            for i, shape in enumerate(shapes)
+        }
+    states = {
+        layer: tuple(cache.tensors[f"{layer}/{i}"] for i in range(3))
+        for layer in range(settings.num_hidden_layers)
+    }
+    offset = torch.zeros(1, dtype=torch.int64, device=ids.device)
+    return {"cache_params": SimpleNamespace(rnn_state=states, seqlen_offset=offset), "use_cache": True}
+
+
 def only_last(model: nn.Module) -> dict[str, int]:
     """Arguments that ask for the logits of the last token only."""
     return {"num_last_tokens" if keyword(model) == "inference_params" else "logits_to_keep": 1}
@@ -124,6 +150,11 @@ def inputs_alone(model: nn.Module) -> dict[str, Any]:
     """
     names = inspect.signature(model.forward).parameters
     return {"inference_params": InferenceCache()} if "inference_params" in names else {"use_cache": False}
+
+
+def longest_pass(model: nn.Module) -> int:
+    """Tokens of one segment that a model takes in one pass, one more included; xlstm cuts longer ones."""
+    return int(getattr(model.config, "max_inference_chunksize", sys.maxsize)) - 1
 
 
 def refuse_segments(model: nn.Module) -> None:

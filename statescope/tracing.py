@@ -136,7 +136,8 @@ def trace(
         window=window,
     )
     own_outputs = backend == "model" or (backend == "auto" and edit is None)
-    asked = max(segment or _usual_segment(next(model.parameters()).device), 2)
+    usual = min(_usual_segment(next(model.parameters()).device), caches.longest_pass(model))
+    asked = max(segment or usual, 2)
     length = -(-min(asked, ids.shape[1]) // window) * window
     plan = Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
     if plan.stop_after(0) < ids.shape[1]:

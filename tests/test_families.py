@@ -27,6 +27,7 @@ from torch import nn
 
 import statescope
 from statescope.adapters import ADAPTERS
+from statescope.caches import StateTensors
 from statescope.caches import keyword as cache_keyword
 from statescope.capture import capture, mixers
 from statescope.carry import Carry
@@ -60,7 +61,7 @@ def forward(model: nn.Module, text: torch.Tensor, carry: Carry) -> torch.Tensor:
     """Read a stretch as a user would, with the model's cache."""
     name = cache_keyword(model)
     stop = carry.position + text.shape[1]
-    if name == "state":  # the model's own from the start
+    if isinstance(carry.cache, StateTensors):  # the model's own from the start
         inputs: dict[str, Any] = {name: getattr(carry, "own", None), "use_cache": True}
     else:
         inputs = {name: carry.cache, "use_cache": True}
@@ -68,8 +69,8 @@ def forward(model: nn.Module, text: torch.Tensor, carry: Carry) -> torch.Tensor:
         inputs["position_ids"] = torch.arange(carry.position, stop).expand(text.shape)
     with torch.no_grad():
         output = model(text, **inputs)
-    if name == "state":
-        carry.own = output.state
+    if isinstance(carry.cache, StateTensors):
+        carry.own = output[name]
     carry.position = stop
     logits: torch.Tensor = output.logits
     return logits

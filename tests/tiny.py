@@ -171,6 +171,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 2,
         "num_experts_per_tok": 1,
     },
+    "xlstm": {"hidden_size": 128, "num_hidden_layers": 3, "num_heads": 4, "chunk_size": 16},
 }
 """Settings by model type; every hybrid has an attention layer."""
 
@@ -193,6 +194,7 @@ RECURRENT_LAYERS = {
     "rwkv": [0, 1, 2],
     "recurrent_gemma": [0, 2, 3],
     "minimax": [0, 2, 3],
+    "xlstm": [0, 1, 2],
 }
 """Depths at which a state sits."""
 
@@ -212,7 +214,7 @@ MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
 LOSING = (*MAMBA_1, "recurrent_gemma")
 """Families whose own continuation of a text, by more than one token, loses a state."""
 
-WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba2", "mamba", "falcon_mamba", "rwkv")
+WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba2", "mamba", "falcon_mamba", "rwkv", "xlstm")
 """Families with a state at every depth."""
 
 PER_ENTRY = (*MAMBA_1, "rwkv", "recurrent_gemma")
@@ -252,6 +254,9 @@ def cached_state(family: str, model: Any, cache: Any, layer: int) -> torch.Tenso
     if family == "rwkv":  # numerators and denominators
         channels = torch.stack([x[:, :, layer] for x in cache[2:4]], 1)
         return channels.unflatten(2, (-1, 64)).transpose(1, 2).flatten(2)[:, :, None]
+    if family == "xlstm":
+        memory, normaliser, frame = cache.rnn_state[layer]
+        return torch.cat([memory, normaliser[..., None]], -1) * frame[..., None].exp()
     if family == "minimax":
         return cache.linear_cache[layer]
     state: torch.Tensor = cache.layers[layer].recurrent_states[0]

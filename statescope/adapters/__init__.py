@@ -10,6 +10,7 @@ from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
 from statescope.adapters.lightning import LIGHTNING
 from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
+from statescope.adapters.mlstm import MLSTM
 from statescope.adapters.rglru import RNN_SCAN
 from statescope.adapters.rwkv4 import LINEAR_ATTENTION
 
@@ -26,6 +27,7 @@ _ALL = (
     LINEAR_ATTENTION,
     RNN_SCAN,
     LIGHTNING,
+    MLSTM,
 )
 
 ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for adapter in _ALL}
