@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from torch.nn.functional import softplus
 from transformers.models.mamba import modeling_mamba
 
 import statescope
+from statescope.adapters import ADAPTERS
 from statescope.adapters.mamba1 import channels_of_a_head, read_selective_scan
+from statescope.recurrence import Recurrence
 
 TOKENS = 90
 TEXT = ids(TOKENS, sequences=2)
@@ -118,16 +121,23 @@ def test_edit_reaches_the_scan() -> None:
     assert float(grown.isel(token=-1).min()) > 1.05
 
 
-def test_model_whose_heads_are_scanned_apart_is_refused() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def test_groups_of_channels_are_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit sees zamba's groups as one recurrence; unknown ones of another model are refused."""
+    model, seen = build("zamba"), []
 
-    zamba = AutoConfig.for_model(
-        "zamba", vocab_size=64, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, n_mamba_heads=2,
-        num_key_value_heads=4, intermediate_size=48, attn_layer_period=2, attn_layer_offset=1,
-        mamba_d_state=8, mamba_dt_rank=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    def edit(layer: int, r: Recurrence) -> Recurrence:
+        seen.append((layer, r.heads, r.groups))
+        return r.replace(v=r.v * 2)
+
+    plain, edited = (statescope.trace(model, TEXT, segment=30, edit=e) for e in (None, edit))
+    assert {(heads, groups) for _, heads, groups in seen} == {(2, 2)}
+    np.testing.assert_allclose(
+        edited["steps"].state_norm.sel(layer=0), 2 * plain["steps"].state_norm.sel(layer=0), rtol=1e-5
+    )
+    for name in ("mamba_selective_scan", "mamba_selective_state_update"):
+        monkeypatch.setitem(ADAPTERS, name, dataclasses.replace(ADAPTERS[name], parts=""))
     with pytest.raises(ValueError, match="layer 0 scans its heads in several calls"):
-        statescope.trace(AutoModelForCausalLM.from_config(zamba).eval(), TEXT)
+        statescope.trace(build("zamba"), TEXT)
 
 
 def test_unknown_argument_is_refused() -> None:

@@ -145,6 +145,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_expand": 4,
         "mamba_dt_rank": 4,
     },
+    "zamba": {
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "attention_head_dim": 16,
+        "max_position_embeddings": 512,
+        "intermediate_size": 48,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "n_mamba_heads": 2,
+        "mamba_d_state": 8,
+        "mamba_expand": 4,
+        "mamba_dt_rank": 4,
+    },
     "qwen3_next": {**_ATTENTION, **_DELTA, **_EXPERTS},
     "qwen3_5_text": {**_ATTENTION, **_DELTA},
     "qwen3_5_moe_text": {**_ATTENTION, **_DELTA, **_EXPERTS},
@@ -185,6 +199,7 @@ RECURRENT_LAYERS = {
     "mamba": [0, 1, 2],
     "falcon_mamba": [0, 1, 2],
     "jamba": [0, 2, 3],
+    "zamba": [0, 1, 2, 3, 4],
     "qwen3_next": [0, 2, 3],
     "qwen3_5_text": [0, 2, 3],
     "qwen3_5_moe_text": [0, 2, 3],
@@ -208,13 +223,13 @@ DELTA_RULE = (
 )
 """Families that erase."""
 
-MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
+MAMBA_1 = ("mamba", "falcon_mamba", "jamba", "zamba")
 """Families of Mamba-1's scan."""
 
 LOSING = (*MAMBA_1, "recurrent_gemma")
 """Families whose own continuation of a text, by more than one token, loses a state."""
 
-WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba2", "mamba", "falcon_mamba", "rwkv", "xlstm")
+WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba", "zamba2", "mamba", "falcon_mamba", "rwkv", "xlstm")
 """Families with a state at every depth."""
 
 PER_ENTRY = (*MAMBA_1, "rwkv", "recurrent_gemma")
@@ -260,6 +275,8 @@ def cached_state(family: str, model: Any, cache: Any, layer: int) -> torch.Tenso
     if family == "minimax":
         return cache.linear_cache[layer]
     state: torch.Tensor = cache.layers[layer].recurrent_states[0]
+    if family == "zamba":
+        state = state.flatten(1, 2)
     if family in MAMBA_1:  # by channel, of which up to 64 make a head
         state = state.unflatten(1, (-1, 64))
     return state if family in DELTA_RULE else state.transpose(-2, -1)

@@ -56,6 +56,8 @@ class Adapter:
     owner : str
         The layer's class, where the scan is a method and no function of its module; ``read`` is then given
         the object whose method it is before the arguments.
+    parts : str
+        The layer's attribute that says in how many calls it scans its heads, where it may be several.
     """
 
     function: str
@@ -64,6 +66,7 @@ class Adapter:
     read: Callable[..., Call]
     forgets: bool = False
     owner: str = ""
+    parts: str = ""
 
     @property
     def name(self) -> str:

@@ -29,7 +29,7 @@ from statescope.adapters.interface import Adapter, Call
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
 
-MODELS = ("mamba", "falcon_mamba", "jamba")
+MODELS = ("mamba", "falcon_mamba", "jamba", "zamba")
 
 CHANNELS = 64
 """Channels of a head, where their number allows it: else its largest divisor below."""
@@ -174,5 +174,10 @@ def _blocks(r: Recurrence) -> Iterator[tuple[int, int]]:
     return ((first, min(first + block, r.time)) for first in range(0, r.time, block))
 
 
-SELECTIVE_SCAN = Adapter("mamba_selective_scan", "Mamba-1", MODELS, read_selective_scan, forgets=True)
-SELECTIVE_UPDATE = Adapter("mamba_selective_state_update", "Mamba-1", MODELS, read_state_update)
+GROUPS = "n_mamba_heads"
+"""Name of zamba's number of groups of channels, each scanned on its own."""
+
+SELECTIVE_SCAN = Adapter(
+    "mamba_selective_scan", "Mamba-1", MODELS, read_selective_scan, forgets=True, parts=GROUPS
+)
+SELECTIVE_UPDATE = Adapter("mamba_selective_state_update", "Mamba-1", MODELS, read_state_update, parts=GROUPS)
