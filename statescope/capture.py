@@ -189,7 +189,7 @@ def _intercepting(adapter: Adapter, holder: Any, own: Callable[..., Any]) -> Cal
                 " such models are not supported"
             )
         current.called = True
-        if current.entering is not None:
+        if current.entering is not None and not adapter.forgets:
             kwargs["initial_states"] = current.entering.state
         run, mirror_dtype = own, not fused
         if fused and _on_cpu(*args, *kwargs.values()):  # where mamba_ssm cannot run, and torch can
@@ -205,7 +205,9 @@ def _intercepting(adapter: Adapter, holder: Any, own: Callable[..., Any]) -> Cal
 
 
 def _kept_state(current: _Current) -> Tensor | None:
-    """The recurrent state that transformers' cache holds; None at the start of a text."""
+    """The recurrent state that the model's cache holds; None at the start of a text."""
+    if current.entering is not None:
+        return current.entering.state
     if current.cache is None or current.layer >= len(current.cache.layers):
         return None
     state: Tensor | None = current.cache.layers[current.layer].recurrent_states[0]

@@ -62,7 +62,7 @@ def trace(
     ----------
     model : transformers or mamba_ssm model, str or Path
         A live model in evaluation mode, or what :func:`statescope.load` takes. Of mamba_ssm a
-        ``MambaLMHeadModel`` with Mamba-2 layers, read as with ``use_mem_eff_path=False``.
+        ``MambaLMHeadModel`` with Mamba-1 or Mamba-2 layers, read as without their fused path.
     text : str, or integers (token,) or (sequence, token)
         A text, or token ids as list, array or tensor.
     tokenizer : optional

@@ -8,7 +8,7 @@ from statescope.adapters.gated_delta import CHUNK_RULE, RECURRENT_RULE
 from statescope.adapters.interface import Adapter, Call
 from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
 from statescope.adapters.lightning import LIGHTNING
-from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_UPDATE
+from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_SCAN_FN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
 from statescope.adapters.mlstm import MLSTM
 from statescope.adapters.rglru import RNN_SCAN
@@ -20,6 +20,7 @@ _ALL = (
     CHUNK_SCAN_COMBINED,
     SELECTIVE_SCAN,
     SELECTIVE_UPDATE,
+    SELECTIVE_SCAN_FN,
     CHUNK_RULE,
     RECURRENT_RULE,
     CHUNK_KDA,

@@ -12,7 +12,7 @@ with a state of (key = d_state, value = channels), as Mamba-2 has by constructio
 quadrature, its mean and log decay their means. The skip :math:`D x` and the gate belong to the model's
 output and not to the recurrence.
 
-transformers' mixers pass no initial state to the scan: a text read in several parts would lose its state
+Neither transformers' nor mamba_ssm's mixers pass an initial state to the scan: a text read in several parts would lose its state
 between them, in silence. What the state adds is linear in it, and is added here, exactly.
 """
 
@@ -83,6 +83,29 @@ def read_selective_scan(
         return y if last is None else (y, last + _to_channels(final).to(last.dtype))
 
     return Call(recurrence, answer, complete=None if entering is None else complete)
+
+
+def read_selective_scan_fn(
+    _: bool,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    entering: Tensor | None = None,
+) -> Call:
+    """Read ``selective_scan_fn`` of mamba_ssm: a stretch of tokens.
+
+    Shapes as for :func:`read_selective_scan`. It always works in float32 and answers in the dtype of ``u``.
+    """
+    gates = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+    last = {"return_last_state": return_last_state, "entering": entering}
+    return read_selective_scan(False, u, delta, A, B, C, **gates, **last)  # type: ignore[arg-type]
 
 
 def read_state_update(
@@ -177,6 +200,13 @@ def _blocks(r: Recurrence) -> Iterator[tuple[int, int]]:
 GROUPS = "n_mamba_heads"
 """Name of zamba's number of groups of channels, each scanned on its own."""
 
+SELECTIVE_SCAN_FN = Adapter(
+    "selective_scan_fn",
+    "Mamba-1 of mamba_ssm",
+    ("MambaLMHeadModel with layer Mamba1",),
+    read_selective_scan_fn,
+    forgets=True,
+)
 SELECTIVE_SCAN = Adapter(
     "mamba_selective_scan", "Mamba-1", MODELS, read_selective_scan, forgets=True, parts=GROUPS
 )
