@@ -12,7 +12,18 @@ from statescope.kernels.interface import Kernel, ScanOutput, Steps
 from statescope.kernels.loss import token_loss
 from statescope.recurrence import Recurrence
 
-__all__ = ["BACKENDS", "Kernel", "ScanOutput", "Steps", "choose", "probe", "scan", "token_loss", "transition"]
+__all__ = [
+    "BACKENDS",
+    "Kernel",
+    "ScanOutput",
+    "Steps",
+    "choose",
+    "on_gpu",
+    "probe",
+    "scan",
+    "token_loss",
+    "transition",
+]
 
 BACKENDS = ("fused", "chunked", "reference")
 """Kernels by name, the preferred first: Triton on a GPU, torch, float64 token by token."""
@@ -43,6 +54,12 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve this recurrence: {reason}; use backend='auto'")
     return backend
+
+
+def on_gpu(recurrence: Recurrence) -> str:
+    """Name the kernel that serves a recurrence of this structure where there is a GPU."""
+    refused = _kernel("fused").supports(recurrence)
+    return BACKENDS[refused is not None and not refused.startswith("the tensors are on")]
 
 
 def scan(

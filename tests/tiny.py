@@ -232,9 +232,6 @@ LOSING = (*MAMBA_1, "recurrent_gemma")
 WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba", "zamba2", "mamba", "falcon_mamba", "rwkv", "xlstm")
 """Families with a state at every depth."""
 
-PER_ENTRY = (*MAMBA_1, "rwkv", "recurrent_gemma")
-"""Families whose heads are channels side by side, each with decays of its own."""
-
 FAMILIES = tuple(family for family in CONFIGS if family in CONFIG_MAPPING_NAMES)
 """What the installed transformers has: bailing_hybrid came after 5.17."""
 

@@ -76,5 +76,7 @@ def _normalised(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPSILON)
 
 
-CHUNK_RULE = Adapter("torch_chunk_gated_delta_rule", "Gated DeltaNet", MODELS, read_gated_delta_rule)
-RECURRENT_RULE = Adapter("torch_recurrent_gated_delta_rule", "Gated DeltaNet", MODELS, read_gated_delta_rule)
+_KIND = ("Gated DeltaNet", MODELS, "decay per head, delta rule", read_gated_delta_rule)
+
+CHUNK_RULE = Adapter("torch_chunk_gated_delta_rule", *_KIND)
+RECURRENT_RULE = Adapter("torch_recurrent_gated_delta_rule", *_KIND)

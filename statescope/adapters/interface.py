@@ -46,6 +46,8 @@ class Adapter:
         The family's name, as users know it, and the library's.
     models : tuple of str
         The models that call it: transformers model types, or classes.
+    structure : str
+        Which case of the equation it is, as :attr:`statescope.recurrence.Recurrence.structure` says it.
     read : callable
         ``read(mirror_dtype, *args, **kwargs) -> Call``. ``mirror_dtype`` tells that the model's own
         scan does its elementwise arithmetic in the model's dtype (transformers' torch path) rather
@@ -58,15 +60,19 @@ class Adapter:
         the object whose method it is before the arguments.
     parts : str
         The layer's attribute that says in how many calls it scans its heads, where it may be several.
+    note : str
+        What a user should know of these models: what is repaired, what is refused.
     """
 
     function: str
     signature: str
     models: tuple[str, ...]
+    structure: str
     read: Callable[..., Call]
     forgets: bool = False
     owner: str = ""
     parts: str = ""
+    note: str = ""
 
     @property
     def name(self) -> str:

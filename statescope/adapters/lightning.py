@@ -64,6 +64,8 @@ LIGHTNING = Adapter(
     "forward",
     "Lightning Attention",
     ("minimax",),
+    "decay per head",
     read_lightning_attention,
     owner="MiniMaxLightningAttention",
+    note="attention repaired between segments where layer 0 has a state",
 )

@@ -12,8 +12,9 @@ with a state of (key = d_state, value = channels), as Mamba-2 has by constructio
 quadrature, its mean and log decay their means. The skip :math:`D x` and the gate belong to the model's
 output and not to the recurrence.
 
-Neither transformers' nor mamba_ssm's mixers pass an initial state to the scan: a text read in several parts would lose its state
-between them, in silence. What the state adds is linear in it, and is added here, exactly.
+Neither transformers' nor mamba_ssm's mixers pass an initial state to the scan: a text read in several parts
+would lose its state between them, in silence. What the state adds is linear in it, and is added here,
+exactly.
 """
 
 from __future__ import annotations
@@ -204,10 +205,17 @@ SELECTIVE_SCAN_FN = Adapter(
     "selective_scan_fn",
     "Mamba-1 of mamba_ssm",
     ("MambaLMHeadModel with layer Mamba1",),
+    "decay per entry",
     read_selective_scan_fn,
     forgets=True,
+    note="state repaired between segments; with attention layers in one segment only",
 )
+_KIND = ("Mamba-1 of transformers", MODELS, "decay per entry")
+_NOTE = "state repaired between segments; zamba's layers run twice"
+
 SELECTIVE_SCAN = Adapter(
-    "mamba_selective_scan", "Mamba-1", MODELS, read_selective_scan, forgets=True, parts=GROUPS
+    "mamba_selective_scan", *_KIND, read_selective_scan, forgets=True, parts=GROUPS, note=_NOTE
 )
-SELECTIVE_UPDATE = Adapter("mamba_selective_state_update", "Mamba-1", MODELS, read_state_update, parts=GROUPS)
+SELECTIVE_UPDATE = Adapter(
+    "mamba_selective_state_update", *_KIND, read_state_update, parts=GROUPS, note=_NOTE
+)

@@ -84,4 +84,12 @@ def read_mlstm(
     return Call(recurrence, answer)
 
 
-MLSTM = Adapter("mlstm_backend.forward", "mLSTM", ("xlstm",), read_mlstm, owner="xLSTMLayer")
+MLSTM = Adapter(
+    "mlstm_backend.forward",
+    "mLSTM",
+    ("xlstm",),
+    "decay per head",
+    read_mlstm,
+    owner="xLSTMLayer",
+    note="normaliser as one more column; segments up to max_inference_chunksize",
+)

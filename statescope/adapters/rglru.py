@@ -63,5 +63,11 @@ def read_rnn_scan(
 
 
 RNN_SCAN = Adapter(
-    "rg_lru._rnn_scan", "RG-LRU", ("recurrent_gemma",), read_rnn_scan, owner="RecurrentGemmaRecurrentBlock"
+    "rg_lru._rnn_scan",
+    "RG-LRU",
+    ("recurrent_gemma",),
+    "decay per entry",
+    read_rnn_scan,
+    owner="RecurrentGemmaRecurrentBlock",
+    note="convolution repaired between segments; the layers' own states are put back",
 )

@@ -101,4 +101,11 @@ def _frames(keys: Tensor, rate: Tensor, entering: Tensor | None) -> tuple[Tensor
     return torch.cat([start[:, None], frames[:, :-1]], 1), frames
 
 
-LINEAR_ATTENTION = Adapter("rwkv_linear_attention", "RWKV-4", ("rwkv",), read_linear_attention)
+LINEAR_ATTENTION = Adapter(
+    "rwkv_linear_attention",
+    "RWKV-4",
+    ("rwkv",),
+    "decay per entry",
+    read_linear_attention,
+    note="state in the frame of its loudest surviving write; single tokens of one sequence only",
+)
