@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import assert_close, build, config, ids
-from torch import Tensor, nn
+from tiny import assert_close, build, ids
+from torch import Tensor
 from torch.nn.functional import softplus
 from transformers.models.mamba import modeling_mamba
 
@@ -149,37 +147,3 @@ def test_unknown_argument_is_refused() -> None:
         read_selective_scan(True, **call, initial_states=x)
     with pytest.raises(ValueError, match=r"expected \(batch, d_state, time\)"):
         read_selective_scan(True, **{**call, "B": x[0]})
-
-
-class Unchanged(nn.Identity):
-    """No norm, whose dtype can be asked for as that of one."""
-
-    weight = torch.ones(1)
-
-
-@pytest.fixture(scope="module")
-def induction(shared: Path) -> nn.Module:
-    """A trained model of 119 parameters that finds a token by the one that came before it, without norms."""
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    weights = load_file(shared / "data" / "oracles" / "mamba1-induction" / "step10000" / "model.safetensors")
-    weights = {name: w for name, w in weights.items() if "discrete_time_step" not in name}
-    sizes = {"vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 1}
-    settings = config("mamba", **sizes, use_bias=False)
-    settings.intermediate_size = len(weights["backbone.layers.0.mixer.D"])  # no multiple of hidden_size
-    model = AutoModelForCausalLM.from_config(settings)
-    missing = model.load_state_dict(weights, strict=False)
-    assert not missing.unexpected_keys, missing.unexpected_keys
-    assert all("norm" in name or "lm_head" in name for name in missing.missing_keys), missing.missing_keys
-    model.backbone.norm_f = model.backbone.layers[0].norm = Unchanged()
-    return model.eval()
-
-
-def test_trained_model_in_segments(induction: nn.Module) -> None:
-    """Trained weights: the loss of every token is the same wherever the text is cut."""
-    text = torch.randint(0, 4, (4, 64), generator=torch.Generator().manual_seed(1))
-    whole = statescope.trace(induction, text)
-    for segment in (2, 13):
-        assert_close(statescope.trace(induction, text, segment=segment), whole, rtol=1e-5)
-    assert math.isfinite(float(whole["tokens"].loss.mean()))
