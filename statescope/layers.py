@@ -58,13 +58,19 @@ def scans(module: nn.Module) -> tuple[ModuleType, list[str]] | None:
 def _scans_of(kind: type) -> tuple[ModuleType, list[str]] | None:
     for cls in kind.__mro__:
         home = sys.modules.get(cls.__module__)
+        if home is None:
+            continue
         called = {name for member in vars(cls).values() for name in _names_used(member)}
         names = [
             name
             for name, adapter in ADAPTERS.items()
-            if (adapter.owner == cls.__name__ if adapter.owner else name in called and hasattr(home, name))
+            if (
+                adapter.owner == cls.__name__
+                if adapter.owner
+                else name in called and callable(vars(home).get(name))
+            )
         ]
-        if home is not None and names:
+        if names:
             return home, names
     return None
 

@@ -91,6 +91,11 @@ def test_single_tokens_of_a_batch_are_refused(model: nn.Module) -> None:
         model(text[:, :2], **caches.inputs(model, cache, 0, text[:, :2]))
         with pytest.raises(ValueError, match="one token of several sequences; pass the sequences one by one"):
             caches.inputs(model, cache, 2, text[:, 2:])
+        cache = caches.fresh(model)
+        caches.inputs(model, cache, 0, text[:, :1])
+        for part in (text[:, 1:2], text[:, 1:]):
+            with pytest.raises(ValueError, match="one token of several sequences"):
+                caches.inputs(model, cache, 1, part)
         cache, expected = caches.fresh(model), model(text[:1], use_cache=False).logits
         for t in range(3):
             logits = model(text[:1, t : t + 1], **caches.inputs(model, cache, t, text[:1, t : t + 1])).logits

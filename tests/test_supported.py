@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs
+from test_fla import MODELS
 from tiny import CONFIGS
 from typer.testing import CliRunner
 
@@ -32,7 +33,7 @@ def test_table_is_complete() -> None:
         assert (row.models, row.structure, row.note) == alike
         assert example(adapter.structure).structure == adapter.structure
     named = {name for adapter in ADAPTERS.values() for name in adapter.models if " " not in name}
-    assert named == set(CONFIGS)
+    assert named == {*CONFIGS, *MODELS}
     assert all(row.cpu == "chunked" and row.gpu in ("fused", "chunked") for row in found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,3 +83,10 @@ class Adapter:
         """Where the method of an ``owner`` is found: an object and the method's name."""
         path, _, name = self.function.rpartition(".")
         return layer.get_submodule(path), name
+
+
+def refuse_packed(arguments: Mapping[str, Any]) -> None:
+    """Refuse a call for several texts behind one another."""
+    for name in ("cu_seqlens", "cp_context"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"the model was called with packed sequences ({name}); trace them one by one")
