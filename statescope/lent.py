@@ -22,7 +22,7 @@ from torch import Tensor, nn
 class _Visit:
     """One forward pass through a layer."""
 
-    kept: Any  # the cache's layer
+    kept: dict[str, Tensor]  # what the cache's layer holds for us
     own: tuple[Tensor | None, Tensor | None]  # the layer's attributes, to be put back
     inputs: Tensor | None  # of the convolution, from before; None at the start of a text
     last: Tensor | None = None  # the same from before the next pass, once the convolution ran
@@ -48,17 +48,18 @@ def lent(layer: Any, index: int) -> Iterator[None]:
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        kept = None if cache is None or not kwargs.get("use_cache") else cache.layers[index]
+        kept: dict[str, Tensor] = {}
+        if cache is not None and kwargs.get("use_cache"):  # whatever kind of layer the cache has there
+            kept = vars(cache.layers[index]).setdefault("lent", kept)
         own = (layer.conv1d_state, layer.rg_lru.recurrent_states)
-        inputs, state = (None, None) if kept is None else (kept.conv_states[0], kept.recurrent_states[0])
+        inputs, state = kept.get("inputs"), kept.get("state")
         visits.append(_Visit(kept, own, inputs))
         layer.conv1d_state, layer.rg_lru.recurrent_states = inputs, state
 
     def leave(*_: Any) -> None:
         visit = visits.pop()
-        if visit.kept is not None:
-            visit.kept.conv_states[0] = layer.conv1d_state if visit.last is None else visit.last
-            visit.kept.recurrent_states[0] = layer.rg_lru.recurrent_states
+        visit.kept["inputs"] = layer.conv1d_state if visit.last is None else visit.last
+        visit.kept["state"] = layer.rg_lru.recurrent_states
         layer.conv1d_state, layer.rg_lru.recurrent_states = visit.own
 
     def extend(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
