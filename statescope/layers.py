@@ -34,10 +34,10 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
     """
     found = {depth(name, m): m for name, m in model.named_modules() if scans(m)}
     if not found:
-        kinds = sorted({f"{a.signature} ({', '.join(a.models)})" for a in ADAPTERS.values()})
+        names = dict.fromkeys(name for adapter in ADAPTERS.values() for name in adapter.models)
         raise ValueError(
             f"model is a {type(model).__name__}, in which no recurrent state was found;"
-            f" supported are {'; '.join(kinds)}"
+            f" supported are {', '.join(names)} (see 'statescope models')"
         )
     return dict(sorted(found.items()))
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from statescope.layout import Layout, shard_tokens
-from statescope.models import digest, settings_of
+from statescope.live import digest, settings_of
 from statescope.reader import Anatomy, Edit
 from statescope.schema import SCHEMA_VERSION
 from statescope.watch import Watch

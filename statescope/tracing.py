@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from statescope import caches, record
 from statescope.capture import mixers
 from statescope.carry import AHEAD, Carry
+from statescope.live import resolve
 from statescope.memory import MemoryRecord
-from statescope.models import resolve
 from statescope.plan import Plan
 from statescope.reader import Edit, Reader, survey
 from statescope.recorder import Recorder, Writer
