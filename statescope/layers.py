@@ -45,7 +45,7 @@ def mixers(model: nn.Module) -> dict[int, nn.Module]:
 def depth(name: str, module: nn.Module) -> int:
     """Layer of a module: its own word, or the first number in its name."""
     own = getattr(module, "layer_idx", None)
-    return int(own if own is not None else next(part for part in name.split(".") if part.isdigit()))
+    return int(own if own is not None else next((part for part in name.split(".") if part.isdigit()), 0))
 
 
 def scans(module: nn.Module) -> tuple[ModuleType, list[str]] | None:
