@@ -7,26 +7,31 @@ also after an exception.
 
 Where mamba_ssm's own models are to go on from an earlier segment, the hook also knows from what, and the
 scan and the convolution are given it (:mod:`statescope.inference`). Where transformers' scan is not told of
-the state in the model's cache, what it adds is added to the scan's own output.
+the state in the model's cache, what it adds is added to the scan's own output. Where a layer scans its heads
+in several calls, they are joined (:mod:`statescope.joined`); where it keeps its state on itself, it is lent
+that of the cache (:mod:`statescope.lent`).
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial, wraps
-from types import CodeType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from statescope.adapters import ADAPTERS, Adapter, Call
 from statescope.inference import Entering, InferenceCache
+from statescope.joined import OWN, Parts, copied, join, parts_of
+from statescope.layers import is_fused, mixers, scans
+from statescope.lent import keeps_itself, lent
+
+__all__ = ["Handler", "capture", "mixers"]
 
 Handler = Callable[[int, Call, Callable[[], Any]], Any]
 """``handler(layer, call, run_own)`` returns what the model goes on with; ``run_own()`` is its own scan."""
@@ -44,40 +49,12 @@ class _Current:
     entering: Entering | None
     cache: Any
     called: bool = False
+    parts: Parts | None = None
 
 
 _current: ContextVar[_Current | None] = ContextVar("statescope_current_layer", default=None)
 _lock = threading.Lock()
-_installed: dict[tuple[str, str], int] = {}
-
-
-def mixers(model: nn.Module) -> dict[int, nn.Module]:
-    """Find the recurrent mixers of a model.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A live model.
-
-    Returns
-    -------
-    dict of int to nn.Module
-        Mixers by depth in the model, in order; attention layers leave gaps.
-
-    Raises
-    ------
-    ValueError
-        If there is none; lists the supported families.
-    """
-    modules: Iterable[Any] = model.modules()
-    found = {int(m.layer_idx): m for m in modules if hasattr(m, "layer_idx") and _scans(m)}
-    if not found:
-        kinds = sorted({f"{a.signature} ({', '.join(a.models)})" for a in ADAPTERS.values()})
-        raise ValueError(
-            f"model is a {type(model).__name__}, in which no recurrent state was found;"
-            f" supported are {'; '.join(kinds)}"
-        )
-    return dict(sorted(found.items()))
+_installed: dict[tuple[int, str], int] = {}
 
 
 @contextmanager
@@ -95,9 +72,15 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
         stack.callback(_current.set, _current.get())  # an interrupt passes by the mixers' hooks
         for layer, mixer in mixers(model).items():
             stack.enter_context(_announced(mixer, layer, handler))
-            home, names = _scans(mixer)  # type: ignore[misc]
-            for name in names:
-                stack.enter_context(_patched(home, name, partial(_intercepting, ADAPTERS[name])))
+            if keeps_itself(mixer):
+                stack.enter_context(lent(mixer, layer))
+            home, names = scans(mixer)  # type: ignore[misc]
+            adapters = [ADAPTERS[name] for name in names]
+            if any(parts_of(mixer, a.parts) > 1 for a in adapters):
+                stack.enter_context(_patched(mixer, "forward", _rehearsing))
+            for adapter in adapters:
+                holder, name = adapter.place(mixer) if adapter.owner else (home, adapter.function)
+                stack.enter_context(_patched(holder, name, partial(_intercepting, adapter, holder)))
             kind: Any = type(mixer)
             if _takes_inference_params(kind):
                 stack.enter_context(_extended(mixer.get_submodule("conv1d")))
@@ -172,16 +155,17 @@ def _entering() -> Entering | None:
 
 @contextmanager
 def _patched(
-    module: ModuleType, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+    holder: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    key = (module.__name__, name)
+    """A function of a modeling module, or a method of one layer, in its wrapper."""
+    key = (id(holder), name)
     with _lock:
         _installed[key] = _installed.get(key, 0) + 1
         if _installed[key] == 1:
-            own: Any = getattr(module, name)
+            own: Any = getattr(holder, name)
             replacement: Any = wrapper(own)
-            replacement.__statescope_original__ = own
-            setattr(module, name, replacement)
+            replacement.__statescope_original__ = vars(holder).get(name)  # None: it is its class's
+            setattr(holder, name, replacement)
     try:
         yield
     finally:
@@ -189,73 +173,68 @@ def _patched(
             _installed[key] -= 1
             if _installed[key] == 0:
                 del _installed[key]
-                setattr(module, name, getattr(module, name).__statescope_original__)
+                original = getattr(holder, name).__statescope_original__
+                if original is None:
+                    delattr(holder, name)
+                else:
+                    setattr(holder, name, original)
 
 
-def _intercepting(adapter: Adapter, own: Callable[..., Any]) -> Callable[..., Any]:
-    fused = _is_fused(own)
+def _intercepting(adapter: Adapter, holder: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+    fused, before = is_fused(own), (holder,) if adapter.owner else ()
 
     @wraps(own)
     def intercepted(*args: Any, **kwargs: Any) -> Any:
         current = _current.get()
         if current is None:
             return own(*args, **kwargs)
-        if current.called:
+        parts = current.parts
+        if current.called and parts is None:
             raise ValueError(
                 f"model: layer {current.layer} scans its heads in several calls of {adapter.function};"
                 " such models are not supported"
             )
         current.called = True
-        if current.entering is not None:
+        if current.entering is not None and not adapter.forgets:
             kwargs["initial_states"] = current.entering.state
         run, mirror_dtype = own, not fused
         if fused and _on_cpu(*args, *kwargs.values()):  # where mamba_ssm cannot run, and torch can
             run, mirror_dtype = own.__wrapped__, True  # type: ignore[attr-defined]
-        untold = {"entering": _kept_state(current.cache, current.layer)} if adapter.forgets else {}
-        call = adapter.read(mirror_dtype, *args, **untold, **kwargs)
+        untold = {"entering": _kept_state(current)} if adapter.forgets else {}
+        call = adapter.read(mirror_dtype, *before, *args, **untold, **kwargs)
         complete = call.complete or (lambda result: result)
+        if parts is not None:
+            return parts.take(call, lambda: complete(run(*args, **kwargs)))
         return current.handler(current.layer, call, lambda: complete(run(*args, **kwargs)))
 
     return intercepted
 
 
-def _kept_state(cache: Any, layer: int) -> Tensor | None:
-    """The recurrent state that transformers' cache holds; None at the start of a text."""
-    if cache is None or layer >= len(cache.layers):
+def _kept_state(current: _Current) -> Tensor | None:
+    """The recurrent state that the model's cache holds; None at the start of a text."""
+    if current.entering is not None:
+        return current.entering.state
+    if current.cache is None or current.layer >= len(current.cache.layers):
         return None
-    state: Tensor | None = cache.layers[layer].recurrent_states[0]
-    return state
+    state: Tensor | None = current.cache.layers[current.layer].recurrent_states[0]
+    return state if state is None or current.parts is None else state[:, current.parts.made]
+
+
+def _rehearsing(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a layer twice: once to hear what its calls ask for together, once in earnest."""
+
+    @wraps(own)
+    def rehearsed(*args: Any, **kwargs: Any) -> Any:
+        current = _current.get()
+        if current is None:
+            return own(*args, **kwargs)
+        current.parts = heard = Parts()
+        own(*args, **{**kwargs, "cache_params": copied(kwargs.get("cache_params"), current.layer)})
+        current.parts = Parts(current.handler(current.layer, join(heard.calls), lambda: OWN))
+        return own(*args, **kwargs)
+
+    return rehearsed
 
 
 def _on_cpu(*arguments: Any) -> bool:
     return next(x for x in arguments if isinstance(x, Tensor)).device.type == "cpu"
-
-
-def _is_fused(function: Callable[..., Any]) -> bool:
-    """Whether transformers bound this name to mamba_ssm's kernel instead of its own torch code."""
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
-    names = code.co_freevars if isinstance(code, CodeType) else ()
-    bound = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
-    return bool(bound.get("is_new_implementation", False))
-
-
-def _scans(module: nn.Module) -> tuple[ModuleType, list[str]] | None:
-    """The modeling module whose scan functions this module's class (or a base of it) calls, and which."""
-    kind: Any = type(module)
-    return _scans_of(kind)
-
-
-@cache
-def _scans_of(kind: type) -> tuple[ModuleType, list[str]] | None:
-    for cls in kind.__mro__:
-        home = sys.modules.get(cls.__module__)
-        called = {name for member in vars(cls).values() for name in _names_used(member)}
-        names = [name for name in ADAPTERS if name in called and hasattr(home, name)]
-        if home is not None and names:
-            return home, names
-    return None
-
-
-def _names_used(member: Any) -> tuple[str, ...]:
-    code = getattr(inspect.unwrap(getattr(member, "__func__", member)), "__code__", None)
-    return code.co_names if isinstance(code, CodeType) else ()

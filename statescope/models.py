@@ -79,14 +79,6 @@ def load(
     return model.to(place).eval()
 
 
-def settings_of(model: nn.Module) -> str:
-    """Write a live model's configuration as JSON: transformers' own, or mamba_ssm's dataclass."""
-    config: Any = model.config
-    if hasattr(config, "to_json_string"):
-        return str(config.to_json_string())
-    return json.dumps(vars(config), sort_keys=True, default=str)
-
-
 def as_device(device: str | torch.device) -> torch.device:
     """Turn a name such as ``"cuda"`` into a device that is there."""
     try:
@@ -265,30 +257,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"model: {path} cannot be read as JSON: {error}") from error
     return content
-
-
-def resolve(model: Any, device: Any = None, dtype: Any = None) -> tuple[nn.Module, str]:
-    """Load a model that is given by name, check one that is live; return it and what to call it.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For what is no model, one in training mode, or one elsewhere than asked for; names the argument.
-    """
-    if isinstance(model, str | Path):
-        return load(model, device=device, dtype=dtype), str(model)
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a transformers model (or mamba_ssm's),"
-            " a name or a folder"
-        )
-    if model.training:
-        raise ValueError("model is in training mode; call model.eval() first")
-    first = next(model.parameters())
-    if device is not None and as_device(device).type != first.device.type:
-        raise ValueError(
-            f"device={device!r}, but the model is on {first.device}; move the model, or pass its name"
-        )
-    if dtype is not None and as_dtype(dtype) != first.dtype:
-        raise ValueError(f"dtype={dtype!r}, but the model is in {first.dtype}; convert it, or pass its name")
-    return model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)

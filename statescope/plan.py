@@ -12,11 +12,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from statescope.layout import Layout, shard_tokens
-from statescope.models import settings_of
+from statescope.live import digest, settings_of
 from statescope.reader import Anatomy, Edit
 from statescope.schema import SCHEMA_VERSION
 from statescope.watch import Watch
@@ -118,29 +117,6 @@ class Plan:
         ]  # fmt: skip
         hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return hashed.hexdigest()
-
-
-def digest(model: nn.Module) -> Callable[[], str]:
-    """Begin to hash a sample of every weight, with one transfer from the device, and return what ends it."""
-    weights = model.state_dict()
-    samples: dict[torch.dtype, list[Tensor]] = {}
-    for w in weights.values():
-        samples.setdefault(w.dtype, []).append(w.detach().flatten()[:: max(1, w.numel() // 64)])
-    sampled = torch.cat([torch.cat(parts).double() for parts in samples.values()])
-    host = torch.empty(sampled.shape, dtype=sampled.dtype, pin_memory=sampled.is_cuda)
-    host.copy_(sampled, non_blocking=True)
-    arrived = torch.cuda.Event() if sampled.is_cuda else None
-    if arrived is not None:
-        arrived.record()
-
-    def end() -> str:
-        if arrived is not None:
-            arrived.synchronize()
-        hashed = hashlib.sha256(host.numpy().tobytes())
-        hashed.update(repr([(name, tuple(w.shape), w.dtype) for name, w in weights.items()]).encode())
-        return hashed.hexdigest()
-
-    return end
 
 
 def _name_of(function: Any) -> str | None:

@@ -20,6 +20,7 @@ __all__ = [
     "ScanOutput",
     "Steps",
     "choose",
+    "on_gpu",
     "probe",
     "scan",
     "thin",
@@ -50,8 +51,7 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
         If the name is unknown or the named kernel does not serve this recurrence; says why.
     """
     if backend == "auto":
-        proven = recurrence.v.is_cuda and recurrence.scalar_decay and not recurrence.erases
-        names = BACKENDS if proven else BACKENDS[1:]
+        names = BACKENDS if recurrence.v.is_cuda and _proven(recurrence) else BACKENDS[1:]
         return next(name for name in names if _kernel(name).supports(recurrence) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of: auto, {', '.join(BACKENDS)}")
@@ -59,6 +59,18 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve this recurrence: {reason}; use backend='auto'")
     return backend
+
+
+def on_gpu(recurrence: Recurrence) -> str:
+    """Name the kernel that serves a recurrence of this structure where there is a GPU."""
+    refused = _kernel("fused").supports(recurrence) or ""
+    served = _proven(recurrence) and (not refused or refused.startswith("the tensors are on"))
+    return BACKENDS[not served]
+
+
+def _proven(recurrence: Recurrence) -> bool:
+    """Whether the Triton kernels of a structure have been held against float64 on a GPU."""
+    return recurrence.scalar_decay and not recurrence.erases
 
 
 def scan(

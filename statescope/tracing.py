@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from statescope import caches, record
 from statescope.capture import mixers
 from statescope.carry import AHEAD, Carry
+from statescope.live import resolve
 from statescope.memory import MemoryRecord
-from statescope.models import resolve
 from statescope.plan import Plan
 from statescope.reader import Edit, Reader, survey
 from statescope.recorder import Recorder, Writer
@@ -62,7 +62,7 @@ def trace(
     ----------
     model : transformers or mamba_ssm model, str or Path
         A live model in evaluation mode, or what :func:`statescope.load` takes. Of mamba_ssm a
-        ``MambaLMHeadModel`` with Mamba-2 layers, read as with ``use_mem_eff_path=False``.
+        ``MambaLMHeadModel`` with Mamba-1 or Mamba-2 layers, read as without their fused path.
     text : str, or integers (token,) or (sequence, token)
         A text, or token ids as list, array or tensor.
     tokenizer : optional
@@ -136,7 +136,8 @@ def trace(
         window=window,
     )
     own_outputs = backend == "model" or (backend == "auto" and edit is None)
-    asked = max(segment or _usual_segment(next(model.parameters()).device), 2)
+    usual = min(_usual_segment(next(model.parameters()).device), caches.longest_pass(model))
+    asked = max(segment or usual, 2)
     length = -(-min(asked, ids.shape[1]) // window) * window
     plan = Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
     if plan.stop_after(0) < ids.shape[1]:

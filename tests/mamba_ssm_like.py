@@ -189,6 +189,10 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y * silu(z)) if self.rmsnorm else y)
 
 
+LAYERS: dict[str, Any] = {"Mamba2": Mamba2}
+"""Mixers by the name that a configuration gives them."""
+
+
 class MHA(nn.Module):
     """Attention that can only read a text from its start."""
 
@@ -227,9 +231,10 @@ class MixerModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         attention, size = config.attn_layer_idx, config.d_model
+        settings = dict(config.ssm_cfg)
+        kind = LAYERS[settings.pop("layer", "Mamba2")]
         mixers = [
-            MHA(size, i) if i in attention else Mamba2(size, i, **config.ssm_cfg)
-            for i in range(config.n_layer)
+            MHA(size, i) if i in attention else kind(size, i, **settings) for i in range(config.n_layer)
         ]
         self.layers = nn.ModuleList(Block(mixer, size, i) for i, mixer in enumerate(mixers))
         self.norm_f = nn.RMSNorm(size)

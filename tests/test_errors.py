@@ -84,6 +84,13 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2)).eval()
 
 
+def partly(device: str) -> nn.Module:
+    """Put one layer of a model elsewhere, as accelerate does with a device_map."""
+    model = build("mamba2")
+    model.backbone.layers[1].to(device)
+    return model
+
+
 def returns_a_number(layer: int, recurrence: Any) -> Any:
     return 3
 
@@ -144,6 +151,13 @@ ARGUMENTS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = 
         {"model": lambda: build("mamba2").train()},
         ValueError,
         ("training mode", "model.eval()"),
+    ),
+    ("sharded", {"model": lambda: partly("meta")}, ValueError, ("weights on cpu and meta", "device_map")),
+    (
+        "not loaded",
+        {"model": lambda: build("mamba2").to("meta")},
+        ValueError,
+        ("weights on meta", "one device"),
     ),
     ("layer", {"layers": [0, 7]}, ValueError, ("layers names layer 7", "0 to 2")),
     ("layer in a gap", {"model": lambda: build("bamba"), "layers": 1}, ValueError, ("layer 1", "0, 2, 3")),

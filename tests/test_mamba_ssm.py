@@ -7,6 +7,7 @@ its kernels run in Triton's interpreter, on fewer tokens.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mamba1_like
 import mamba_ssm_like
 import numpy as np
 import pytest
@@ -53,6 +55,7 @@ class Library:
     segments: tuple[int, ...]
     ssm_cfg: dict[str, Any]
     rtol: float = 1e-5
+    layer: str = "Mamba2"
 
     def build(self, attention: tuple[int, ...] = (), layers: int = 2, **ssm_cfg: Any) -> Any:
         """Build a small model whose states matter."""
@@ -61,7 +64,7 @@ class Library:
             d_model=32,
             n_layer=layers,
             vocab_size=VOCABULARY,
-            ssm_cfg=self.ssm_cfg | ssm_cfg,
+            ssm_cfg={"layer": self.layer} | self.ssm_cfg | ssm_cfg,
             attn_layer_idx=list(attention),
         )
         model = self.model(config).eval()
@@ -70,6 +73,12 @@ class Library:
                 if parameter.ndim > 1 and "norm" not in name:
                     parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
         return model.to(self.device)
+
+    def matrices(self, kept: Tensor) -> Tensor:
+        """A state as mamba_ssm keeps it, by head: (batch, heads, key, value)."""
+        if self.layer == "Mamba1":
+            kept = kept.unflatten(1, (-1, 64))
+        return kept.transpose(-2, -1).cpu()
 
     def text(self) -> Tensor:
         """Draw two sequences of token ids."""
@@ -88,18 +97,21 @@ STAND_IN = Library(
 )
 
 
-@pytest.fixture(scope="module", params=["stand-in", "mamba_ssm"])
+STAND_IN_1 = dataclasses.replace(STAND_IN, home=mamba1_like, layer="Mamba1")
+
+
+@pytest.fixture(scope="module", params=["stand-in", "stand-in 1", "mamba_ssm", "mamba_ssm 1"])
 def library(request: pytest.FixtureRequest) -> Iterator[Library]:
-    if request.param == "stand-in":
-        yield STAND_IN
+    if request.param.startswith("stand-in"):
+        yield STAND_IN_1 if request.param.endswith("1") else STAND_IN
         return
     with pytest.MonkeyPatch.context() as patch:
-        yield imported(patch)
+        yield imported(patch, "Mamba1" if request.param.endswith("1") else "Mamba2")
     for name in [n for n in sys.modules if n.partition(".")[0] == "mamba_ssm"]:
         del sys.modules[name]  # transformers would take it for its own use
 
 
-def imported(patch: pytest.MonkeyPatch) -> Library:
+def imported(patch: pytest.MonkeyPatch, layer: str) -> Library:
     """Import mamba_ssm; without a GPU its kernels are interpreted."""
     if FOLDER:
         patch.syspath_prepend(FOLDER)
@@ -107,14 +119,17 @@ def imported(patch: pytest.MonkeyPatch) -> Library:
         needs(name)
     try:
         import selective_scan_cuda  # noqa: F401
-    except ImportError:  # Mamba-2 does without
-        patch.setitem(sys.modules, "selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    except ImportError:  # Mamba-2 does without; for Mamba-1 mamba_ssm's own reference stands in
+        compiled: Any = types.ModuleType("selective_scan_cuda")
+        compiled.fwd = reference_of_mamba_ssm
+        patch.setitem(sys.modules, "selective_scan_cuda", compiled)
     if DEVICE == "cpu":
         patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
     patch.setenv("MAMBA_DETERMINISTIC", "1")  # one configuration of each kernel, so that none is timed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names = ("models.mixer_seq_simple", "models.config_mamba", "utils.generation", "modules.mamba2")
+        own = "modules.mamba2" if layer == "Mamba2" else "modules.mamba_simple"
+        names = ("models.mixer_seq_simple", "models.config_mamba", "utils.generation", own)
         models, configs, generation, home = (importlib.import_module(f"mamba_ssm.{name}") for name in names)
     return Library(
         models.MambaLMHeadModel,
@@ -124,9 +139,19 @@ def imported(patch: pytest.MonkeyPatch) -> Library:
         DEVICE,
         tokens=24 if DEVICE == "cpu" else 150,
         segments=(3, 16) if DEVICE == "cpu" else (2, 3, 7, 64),
-        ssm_cfg={"layer": "Mamba2", "d_state": 16, "headdim": 32, "chunk_size": 16},
+        ssm_cfg={"d_state": 16, "headdim": 32, "chunk_size": 16} if layer == "Mamba2" else {"expand": 4},
+        layer=layer,
         rtol=1e-5 if DEVICE == "cpu" else 1e-2,  # there its products round what they multiply to TF32
     )
+
+
+def reference_of_mamba_ssm(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *rest: Any) -> Any:
+    """What mamba_ssm's compiled scan gives: outputs, the last state in every other entry, gated outputs."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+
+    y, last = selective_scan_ref(u, delta, A, B, C, D, None, *rest, return_last_state=True)
+    states = torch.stack([last, last], -1).flatten(2)[:, :, None]
+    return y, states, *([] if z is None else [y * silu(z)])
 
 
 def plainly(model: Any, text: Tensor, **inputs: Any) -> Tensor:
@@ -174,7 +199,8 @@ def test_one_pass_is_the_model(library: Library, whole: tuple[Any, Any, Tensor])
     plainly(model, text, inference_params=params)
     for layer in (0, 1):
         state = torch.from_numpy(record["snapshots"].state.sel(layer=layer).values[:, 0])
-        kept = params.key_value_memory_dict[layer][1].transpose(-2, -1).cpu()
+        kept = params.key_value_memory_dict[layer][1]
+        kept = library.matrices(kept)
         assert error(state, kept) < library.rtol
         norm = torch.from_numpy(record["steps"].state_norm.sel(layer=layer).values[:, -1])
         assert error(norm, kept.double().flatten(2).norm(dim=-1)) < library.rtol
@@ -368,7 +394,11 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_attention_is_read_in_one_pass(library: Library) -> None:
     """Of a hybrid, a text in one segment is right; more are refused before anything is written."""
-    cfg = {"attn_cfg": {"num_heads": 4, "causal": True}} if library is not STAND_IN else {}
+    cfg = (
+        {"attn_cfg": {"num_heads": 4, "causal": True}}
+        if library.home.__name__.startswith("mamba_ssm.")
+        else {}
+    )
     build = library.config
     library = Library(**{**vars(library), "config": lambda **k: build(**k, **cfg)})
     model, text = library.build(attention=(1,), layers=3), library.text()

@@ -364,7 +364,8 @@ def content(data: bytes) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_carry_round_trip(family: str, position: int, dtype: torch.dtype) -> None:
     """What is read back from bytes goes on exactly like what was written."""
-    model, text = build(family).to(dtype), ids(70, sequences=2)
+    sequences = 1 if family == "rwkv" else 2  # it reads single tokens of one sequence only
+    model, text = build(family).to(dtype), ids(70, sequences=sequences)
     reader, carry = reader_of(model, text), Carry.fresh(model)
     ahead = Carry.fresh(model)
     with reader.attached():

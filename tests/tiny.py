@@ -146,12 +146,47 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_expand": 4,
         "mamba_dt_rank": 4,
     },
+    "zamba": {
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "attention_head_dim": 16,
+        "max_position_embeddings": 512,
+        "intermediate_size": 48,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "n_mamba_heads": 2,
+        "mamba_d_state": 8,
+        "mamba_expand": 4,
+        "mamba_dt_rank": 4,
+    },
     "qwen3_next": {**_ATTENTION, **_DELTA, **_EXPERTS},
     "qwen3_5_text": {**_ATTENTION, **_DELTA},
     "qwen3_5_moe_text": {**_ATTENTION, **_DELTA, **_EXPERTS},
     "kimi_linear": {**_LATENT, "linear_num_heads": 4, "linear_head_dim": 16},
     "bailing_hybrid": {**_LATENT, "head_dim": 16, "num_mtp_layers": 0, "kda_lower_bound": -0.2},
     "olmo_hybrid": {**_ATTENTION, **_DELTA, "linear_num_key_heads": 4},
+    "rwkv": {"hidden_size": 128, "attention_hidden_size": 128, "num_hidden_layers": 3, "context_length": 512},
+    "recurrent_gemma": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "block_types": ["recurrent", "attention", "recurrent", "recurrent"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "attention_window_size": 24,
+    },
+    "minimax": {
+        **_ATTENTION,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        "head_dim": 16,
+        "block_size": 16,
+        "intermediate_size": 48,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+    "xlstm": {"hidden_size": 128, "num_hidden_layers": 3, "num_heads": 4, "chunk_size": 16},
 }
 """Settings by model type; every hybrid has an attention layer."""
 
@@ -165,12 +200,17 @@ RECURRENT_LAYERS = {
     "mamba": [0, 1, 2],
     "falcon_mamba": [0, 1, 2],
     "jamba": [0, 2, 3],
+    "zamba": [0, 1, 2, 3, 4],
     "qwen3_next": [0, 2, 3],
     "qwen3_5_text": [0, 2, 3],
     "qwen3_5_moe_text": [0, 2, 3],
     "kimi_linear": [0, 2, 3],
     "bailing_hybrid": [0, 2, 3],
     "olmo_hybrid": [0, 2, 3],
+    "rwkv": [0, 1, 2],
+    "recurrent_gemma": [0, 2, 3],
+    "minimax": [0, 2, 3],
+    "xlstm": [0, 1, 2],
 }
 """Depths at which a state sits."""
 
@@ -184,8 +224,14 @@ DELTA_RULE = (
 )
 """Families that erase."""
 
-MAMBA_1 = ("mamba", "falcon_mamba", "jamba")
-"""Families whose own continuation of a text, by more than one token, loses the state."""
+MAMBA_1 = ("mamba", "falcon_mamba", "jamba", "zamba")
+"""Families of Mamba-1's scan."""
+
+LOSING = (*MAMBA_1, "recurrent_gemma")
+"""Families whose own continuation of a text, by more than one token, loses a state."""
+
+WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba", "zamba2", "mamba", "falcon_mamba", "rwkv", "xlstm")
+"""Families with a state at every depth."""
 
 FAMILIES = tuple(family for family in CONFIGS if family in CONFIG_MAPPING_NAMES)
 """What the installed transformers has: bailing_hybrid came after 5.17."""
@@ -213,9 +259,22 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     return model
 
 
-def cached_state(family: str, cache: Any, layer: int) -> torch.Tensor:
+def cached_state(family: str, model: Any, cache: Any, layer: int) -> torch.Tensor:
     """The state a model keeps, (batch, heads, key, value)."""
+    if family == "recurrent_gemma":  # on the layer
+        kept = model.model.layers[layer].temporal_block.rg_lru.recurrent_states
+        return kept.unflatten(1, (-1, 64))[:, :, None]
+    if family == "rwkv":  # numerators and denominators
+        channels = torch.stack([x[:, :, layer] for x in cache[2:4]], 1)
+        return channels.unflatten(2, (-1, 64)).transpose(1, 2).flatten(2)[:, :, None]
+    if family == "xlstm":
+        memory, normaliser, frame = cache.rnn_state[layer]
+        return torch.cat([memory, normaliser[..., None]], -1) * frame[..., None].exp()
+    if family == "minimax":
+        return cache.linear_cache[layer]
     state: torch.Tensor = cache.layers[layer].recurrent_states[0]
+    if family == "zamba":
+        state = state.flatten(1, 2)
     if family in MAMBA_1:  # by channel, of which up to 64 make a head
         state = state.unflatten(1, (-1, 64))
     return state if family in DELTA_RULE else state.transpose(-2, -1)

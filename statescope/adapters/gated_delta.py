@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from statescope.adapters.interface import Adapter, Call
+from statescope.adapters.interface import Adapter, Call, refuse_packed
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
 
@@ -39,8 +40,7 @@ def read_gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
-    **_rest: Any,
+    **rest: Any,
 ) -> Call:
     """Read ``torch_chunk_gated_delta_rule``, or ``torch_recurrent_gated_delta_rule`` of one token.
 
@@ -49,8 +49,7 @@ def read_gated_delta_rule(
     heads, key, value). Both work in float32 whatever the model's dtype, and scale the output by one over the
     root of the key's size unless told otherwise.
     """
-    if cu_seqlens is not None:
-        raise ValueError("the model was called with packed sequences (cu_seqlens); trace them one by one")
+    refuse_packed(rest)
     q, k, beta, g = query.float(), key.float(), beta.float(), g.float()
     if use_qk_l2norm_in_kernel:
         q, k = _normalised(q), _normalised(k)
@@ -76,5 +75,77 @@ def _normalised(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPSILON)
 
 
-CHUNK_RULE = Adapter("torch_chunk_gated_delta_rule", "Gated DeltaNet", MODELS, read_gated_delta_rule)
-RECURRENT_RULE = Adapter("torch_recurrent_gated_delta_rule", "Gated DeltaNet", MODELS, read_gated_delta_rule)
+def read_delta_rule(
+    _: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    **rest: Any,
+) -> Call:
+    """Read ``chunk_delta_rule`` or ``fused_recurrent_delta_rule`` of fla: the same without a gate.
+
+    Shapes as for :func:`read_gated_delta_rule`.
+    """
+    beta = torch.ones_like(v[..., 0]) if beta is None else beta
+    if beta.ndim == 4:
+        raise ValueError("the model's delta rule has a rate for every value (beta), which is not supported")
+    return read_gated_delta_rule(False, q, k, v, torch.zeros_like(v[..., 0]), beta, **rest)
+
+
+def read_gated_delta_rule_of_fla(
+    _: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    initial_state: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    **rest: Any,
+) -> Call:
+    """Read ``chunk_gated_delta_rule`` or ``fused_recurrent_gated_delta_rule`` of fla.
+
+    Shapes as for :func:`read_gated_delta_rule`; with ``state_v_first`` the state is (batch, heads, value,
+    key). Gate and rate may come before their activations.
+    """
+    if gk is not None or gv is not None:
+        raise ValueError("the model's delta rule has gates gk or gv, which are not supported")
+    if use_gate_in_kernel:
+        assert A_log is not None
+        g = -A_log.float().exp() * softplus(g.float() if dt_bias is None else g.float() + dt_bias.float())
+    if use_beta_sigmoid_in_kernel:
+        beta = beta.float().sigmoid() * (2 if allow_neg_eigval else 1)
+    state = initial_state
+    if state is not None and state_v_first:
+        state = state.transpose(-2, -1)
+    call = read_gated_delta_rule(False, q, k, v, g, beta, initial_state=state, **rest)
+    if not state_v_first:
+        return call
+
+    def answer(output: ScanOutput) -> tuple[Tensor, Tensor | None]:
+        y, last = call.answer(output)
+        return y, None if last is None else last.transpose(-2, -1).contiguous()
+
+    return Call(call.recurrence, answer)
+
+
+_KIND = ("Gated DeltaNet", MODELS, "decay per head, delta rule", read_gated_delta_rule)
+
+CHUNK_RULE = Adapter("torch_chunk_gated_delta_rule", *_KIND)
+RECURRENT_RULE = Adapter("torch_recurrent_gated_delta_rule", *_KIND)
+
+_OF_FLA = ("Gated DeltaNet of fla", ("GatedDeltaNet",), "decay per head, delta rule")
+_PLAIN = ("DeltaNet of fla", ("DeltaNet",), "decay per head, delta rule", read_delta_rule)
+
+CHUNK_GATED = Adapter("chunk_gated_delta_rule", *_OF_FLA, read_gated_delta_rule_of_fla)
+RECURRENT_GATED = Adapter("fused_recurrent_gated_delta_rule", *_OF_FLA, read_gated_delta_rule_of_fla)
+CHUNK_DELTA = Adapter("chunk_delta_rule", *_PLAIN)
+RECURRENT_DELTA = Adapter("fused_recurrent_delta_rule", *_PLAIN)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
@@ -38,11 +40,14 @@ class Adapter:
     Attributes
     ----------
     function : str
-        The name under which modeling modules call it.
+        The name under which modeling modules call it; with an ``owner``, the method's name (after those of
+        submodules, with dots).
     signature : str
         The family's name, as users know it, and the library's.
     models : tuple of str
         The models that call it: transformers model types, or classes.
+    structure : str
+        Which case of the equation it is, as :attr:`statescope.recurrence.Recurrence.structure` says it.
     read : callable
         ``read(mirror_dtype, *args, **kwargs) -> Call``. ``mirror_dtype`` tells that the model's own
         scan does its elementwise arithmetic in the model's dtype (transformers' torch path) rather
@@ -50,10 +55,38 @@ class Adapter:
     forgets : bool
         Whether the function begins with an empty state even where the model's cache holds one; ``read`` is
         then given that state as ``entering``.
+    owner : str
+        The layer's class, where the scan is a method and no function of its module; ``read`` is then given
+        the object whose method it is before the arguments.
+    parts : str
+        The layer's attribute that says in how many calls it scans its heads, where it may be several.
+    note : str
+        What a user should know of these models: what is repaired, what is refused.
     """
 
     function: str
     signature: str
     models: tuple[str, ...]
+    structure: str
     read: Callable[..., Call]
     forgets: bool = False
+    owner: str = ""
+    parts: str = ""
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """What sets it apart from all others."""
+        return f"{self.owner}.{self.function}" if self.owner else self.function
+
+    def place(self, layer: nn.Module) -> tuple[nn.Module, str]:
+        """Where the method of an ``owner`` is found: an object and the method's name."""
+        path, _, name = self.function.rpartition(".")
+        return layer.get_submodule(path), name
+
+
+def refuse_packed(arguments: Mapping[str, Any]) -> None:
+    """Refuse a call for several texts behind one another."""
+    for name in ("cu_seqlens", "cp_context"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"the model was called with packed sequences ({name}); trace them one by one")

@@ -16,7 +16,7 @@ from statescope.adapters.interface import Adapter
 
 MODELS = ("kimi_linear", "bailing_hybrid")
 
-CHUNK_KDA = Adapter("chunk_kimi_delta_attention", "Kimi Delta Attention", MODELS, read_gated_delta_rule)
-RECURRENT_KDA = Adapter(
-    "recurrent_kimi_delta_attention", "Kimi Delta Attention", MODELS, read_gated_delta_rule
-)
+_KIND = ("Kimi Delta Attention", MODELS, "decay per key, delta rule", read_gated_delta_rule)
+
+CHUNK_KDA = Adapter("chunk_kimi_delta_attention", *_KIND)
+RECURRENT_KDA = Adapter("recurrent_kimi_delta_attention", *_KIND)

@@ -12,8 +12,9 @@ with a state of (key = d_state, value = channels), as Mamba-2 has by constructio
 quadrature, its mean and log decay their means. The skip :math:`D x` and the gate belong to the model's
 output and not to the recurrence.
 
-transformers' mixers pass no initial state to the scan: a text read in several parts would lose its state
-between them, in silence. What the state adds is linear in it, and is added here, exactly.
+Neither transformers' nor mamba_ssm's mixers pass an initial state to the scan: a text read in several parts
+would lose its state between them, in silence. What the state adds is linear in it, and is added here,
+exactly.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from statescope.adapters.interface import Adapter, Call
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
 
-MODELS = ("mamba", "falcon_mamba", "jamba")
+MODELS = ("mamba", "falcon_mamba", "jamba", "zamba")
 
 CHANNELS = 64
 """Channels of a head, where their number allows it: else its largest divisor below."""
@@ -83,6 +84,29 @@ def read_selective_scan(
         return y if last is None else (y, last + _to_channels(final).to(last.dtype))
 
     return Call(recurrence, answer, complete=None if entering is None else complete)
+
+
+def read_selective_scan_fn(
+    _: bool,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    entering: Tensor | None = None,
+) -> Call:
+    """Read ``selective_scan_fn`` of mamba_ssm: a stretch of tokens.
+
+    Shapes as for :func:`read_selective_scan`. It always works in float32 and answers in the dtype of ``u``.
+    """
+    gates = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+    last = {"return_last_state": return_last_state, "entering": entering}
+    return read_selective_scan(False, u, delta, A, B, C, **gates, **last)  # type: ignore[arg-type]
 
 
 def read_state_update(
@@ -174,5 +198,24 @@ def _blocks(r: Recurrence) -> Iterator[tuple[int, int]]:
     return ((first, min(first + block, r.time)) for first in range(0, r.time, block))
 
 
-SELECTIVE_SCAN = Adapter("mamba_selective_scan", "Mamba-1", MODELS, read_selective_scan, forgets=True)
-SELECTIVE_UPDATE = Adapter("mamba_selective_state_update", "Mamba-1", MODELS, read_state_update)
+GROUPS = "n_mamba_heads"
+"""Name of zamba's number of groups of channels, each scanned on its own."""
+
+SELECTIVE_SCAN_FN = Adapter(
+    "selective_scan_fn",
+    "Mamba-1 of mamba_ssm",
+    ("MambaLMHeadModel with layer Mamba1",),
+    "decay per entry",
+    read_selective_scan_fn,
+    forgets=True,
+    note="state repaired between segments; with attention layers in one segment only",
+)
+_KIND = ("Mamba-1 of transformers", MODELS, "decay per entry")
+_NOTE = "state repaired between segments; zamba's layers run twice"
+
+SELECTIVE_SCAN = Adapter(
+    "mamba_selective_scan", *_KIND, read_selective_scan, forgets=True, parts=GROUPS, note=_NOTE
+)
+SELECTIVE_UPDATE = Adapter(
+    "mamba_selective_state_update", *_KIND, read_state_update, parts=GROUPS, note=_NOTE
+)

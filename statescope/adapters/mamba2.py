@@ -182,7 +182,11 @@ CHUNK_SCAN_COMBINED = Adapter(
     "mamba_chunk_scan_combined",
     "Mamba-2 of mamba_ssm",
     ("MambaLMHeadModel with layer Mamba2",),
+    "decay per head",
     read_chunk_scan_combined,
+    note="with attention layers in one segment only",
 )
-CHUNK_SCAN = Adapter("mamba2_chunk_scan", "Mamba-2 of transformers", MODELS, read_chunk_scan)
-STATE_UPDATE = Adapter("mamba2_selective_state_update", "Mamba-2 of transformers", MODELS, read_state_update)
+_KIND = ("Mamba-2 of transformers", MODELS, "decay per head")
+
+CHUNK_SCAN = Adapter("mamba2_chunk_scan", *_KIND, read_chunk_scan)
+STATE_UPDATE = Adapter("mamba2_selective_state_update", *_KIND, read_state_update)

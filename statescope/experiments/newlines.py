@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from statescope.models import resolve
+from statescope.live import resolve
 from statescope.tokens import find_tokenizer
 from statescope.tracing import trace
 

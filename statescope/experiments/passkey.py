@@ -25,8 +25,7 @@ from statescope.capture import capture, mixers
 from statescope.carry import Carry
 from statescope.experiments.answers import Answers, place_of
 from statescope.experiments.prompts import DIGITS, Haystack, Prompt
-from statescope.models import resolve
-from statescope.plan import digest
+from statescope.live import digest, resolve
 from statescope.scan import scan
 from statescope.tokens import find_tokenizer
 

@@ -23,7 +23,7 @@ from statescope import caches
 from statescope.capture import capture
 from statescope.carry import Carry
 from statescope.experiments.passkey import PASS_TOKENS, our_scan, segments
-from statescope.models import resolve
+from statescope.live import resolve
 from statescope.tokens import to_token_ids
 
 ROWS = 1024

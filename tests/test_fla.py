@@ -1,0 +1,227 @@
+"""Models of flash-linear-attention: arguments of its scans against loops of ours; its models where it is.
+
+fla is no dependency. Without a GPU its kernels run in Triton's interpreter, one configuration of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import needs
+from tiny import VOCABULARY, assert_close, ids
+from torch import Tensor, nn
+from torch.nn.functional import normalize, softplus
+
+import statescope
+from statescope.adapters import ADAPTERS
+from statescope.capture import capture
+from statescope.carry import Carry
+from statescope.kernels import reference
+
+TIME, HEADS, KEY, VALUE = 9, 2, 6, 5
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(2, TIME, HEADS, *shape, dtype=torch.float64)
+
+
+def run(name: str, *, transposed: bool, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs and last state of a scan by our reference, and the state it began with."""
+    start = torch.randn(2, HEADS, KEY, VALUE, dtype=torch.float64)
+    layout = {"state_v_first": True} if transposed else {}
+    initial = start.transpose(-2, -1).contiguous() if transposed else start
+    call = ADAPTERS[name].read(False, **given, initial_state=initial, output_final_state=True, **layout)
+    assert call.recurrence.structure == ADAPTERS[name].structure
+    y, last = call.answer(reference.scan(call.recurrence))
+    return y, last.transpose(-2, -1) if transposed else last, start
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+def outer(x: Tensor, y: Tensor) -> Tensor:
+    return x[..., None] * y[..., None, :]
+
+
+def read(state: Tensor, key: Tensor) -> Tensor:
+    return (key[..., None] * state).sum(-2)
+
+
+@pytest.mark.parametrize(("name", "decay"), [("chunk_gla", "g"), ("fused_recurrent_gla", "gk")])
+def test_gla(name: str, decay: str) -> None:
+    q, k, g, v = draw(KEY), draw(KEY), -draw(KEY).abs(), draw(VALUE)
+    y, last, state = run(name, transposed=True, q=q, k=k, v=v, **{decay: g})
+    for t in range(TIME):
+        state = g[:, t].exp()[..., None] * state + outer(k[:, t], v[:, t])
+        close(y[:, t], read(state, q[:, t]) * KEY**-0.5)
+    close(last, state)
+    with pytest.raises(ValueError, match=r"packed sequences .cu_seqlens"):
+        ADAPTERS[name].read(False, q, k, v, **{decay: g}, cu_seqlens=torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize("name", ["chunk_retention", "fused_chunk_retention", "fused_recurrent_retention"])
+def test_retention(name: str) -> None:
+    q, k, v = draw(KEY), draw(KEY), draw(VALUE)
+    y, last, state = run(name, transposed=False, q=q, k=k, v=v)
+    gamma = torch.tensor([1 - 1 / 32, 1 - 1 / 64], dtype=torch.float64)[:, None, None]
+    for t in range(TIME):
+        state = gamma * state + outer(k[:, t], v[:, t])
+        close(y[:, t], read(state, q[:, t]) * KEY**-0.5)
+    close(last, state)
+    with pytest.raises(ValueError, match=r"without a state; set config.attn_mode='chunk'"):
+        ADAPTERS["parallel_retention"].read(False, q=q, k=k, v=v)
+
+
+@pytest.mark.parametrize("name", ["chunk_delta_rule", "fused_recurrent_delta_rule"])
+def test_delta_rule(name: str) -> None:
+    q, k, v, beta = draw(KEY), draw(KEY), draw(VALUE), draw().sigmoid()
+    y, last, state = run(name, transposed=False, q=q, k=k, v=v, beta=beta, use_qk_l2norm_in_kernel=True)
+    q, k = normalize(q, dim=-1), normalize(k, dim=-1)
+    for t in range(TIME):
+        new = beta[:, t, :, None] * (v[:, t] - read(state, k[:, t]))
+        state = state + outer(k[:, t], new)
+        close(y[:, t], read(state, q[:, t]) * KEY**-0.5)
+    close(last, state)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("name", ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"])
+def test_gated_delta_rule(name: str, negative: bool) -> None:
+    q, k, v, g, beta = draw(KEY), draw(KEY), draw(VALUE), draw(), draw()
+    gate = {"A_log": torch.randn(HEADS), "dt_bias": torch.randn(HEADS)}
+    flags = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": negative}
+    norm = {"use_qk_l2norm_in_kernel": True}
+    y, last, state = run(name, transposed=True, q=q, k=k, v=v, g=g, beta=beta, **gate, **flags, **norm)
+    q, k, beta = normalize(q, dim=-1), normalize(k, dim=-1), beta.sigmoid() * (1 + negative)
+    g = -gate["A_log"].double().exp() * softplus(g + gate["dt_bias"].double())
+    for t in range(TIME):
+        state = g[:, t].exp()[..., None, None] * state
+        state = state + outer(k[:, t], beta[:, t, :, None] * (v[:, t] - read(state, k[:, t])))
+        close(y[:, t], read(state, q[:, t]) * KEY**-0.5)
+    close(last, state)
+
+
+@pytest.mark.parametrize("name", ["chunk_rwkv6", "fused_recurrent_rwkv6"])
+def test_rwkv6(name: str) -> None:
+    r, k, v, w, u = draw(KEY), draw(KEY), draw(VALUE), -draw(KEY).exp(), torch.randn(HEADS, KEY).double()
+    y, last, state = run(name, transposed=False, r=r, k=k, v=v, w=w, u=u, scale=1.0)
+    for t in range(TIME):
+        write = outer(k[:, t], v[:, t])
+        close(y[:, t], read(state + u[..., None] * write, r[:, t]))
+        state = w[:, t].exp()[..., None] * state + write
+    close(last, state)
+
+
+@pytest.mark.parametrize("name", ["chunk_rwkv7", "fused_mul_recurrent_rwkv7"])
+def test_rwkv7(name: str) -> None:
+    r, k, v, w = draw(KEY), draw(KEY), draw(VALUE), -draw(KEY).exp()
+    erased, rate = normalize(draw(KEY), dim=-1), draw(KEY).sigmoid()
+    parts = {"a": -erased, "b": erased * rate} if name == "chunk_rwkv7" else {"kk": erased, "a": rate}
+    y, last, state = run(name, transposed=False, r=r, w=w, k=k, v=v, scale=1.0, **parts)
+    for t in range(TIME):
+        lost = outer(erased[:, t] * rate[:, t], read(state, erased[:, t]))
+        state = w[:, t].exp()[..., None] * state - lost + outer(k[:, t], v[:, t])
+        close(y[:, t], read(state, r[:, t]))
+    close(last, state)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "GLA": {"num_heads": 2, "expand_k": 0.5, "expand_v": 1},
+    "HGRN2": {"num_heads": None, "expand_ratio": 16},
+    "RetNet": {"num_heads": 2, "expand_v": 2},
+    "DeltaNet": {"num_heads": 2},
+    "GatedDeltaNet": {"num_heads": 2, "head_dim": 16, "expand_v": 1},
+    "RWKV6": {"num_heads": 2, "proj_low_rank_dim": 8, "gate_low_rank_dim": 8},
+    "RWKV7": {"head_dim": 16, **{f"{x}_low_rank_dim": 8 for x in ("decay", "gate", "a", "v")}},
+}
+TEXT = ids(24, sequences=2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def fla() -> Iterator[Any]:
+    """Import fla; without a GPU its kernels are interpreted."""
+    for name in ("fla", "triton", "einops"):
+        needs(name)
+    from triton.runtime import autotuner
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if DEVICE == "cpu":
+            assert os.environ["TRITON_INTERPRET"] == "1"
+            own = autotuner.Autotuner.__init__
+
+            def first_only(self: Any, fn: Any, names: Any, configs: Any, *args: Any, **kwargs: Any) -> None:
+                own(self, fn, names, configs[:1], *args, **kwargs)
+
+            patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+            patch.setattr(autotuner.Autotuner, "__init__", first_only)
+        yield importlib.import_module("fla.models")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "fla"]:
+        del sys.modules[name]  # transformers would take it for its own use
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest, fla: Any) -> nn.Module:
+    plain = {"fuse_norm": False, "fuse_swiglu": False, "fuse_cross_entropy": False}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = getattr(fla, f"{request.param}Config")(**sizes, **plain, **MODELS[request.param])
+        torch.manual_seed(0)
+        made: nn.Module = getattr(fla, f"{request.param}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim > 1 and "norm" not in name and min(parameter.shape) > 1:
+                parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
+    return made.to(DEVICE)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_model_of_fla(model: nn.Module) -> None:
+    """Observed bit for bit, replaced to rounding, the same in segments, with the state that fla keeps."""
+    text, seen = TEXT.to(DEVICE), []
+    with torch.no_grad():
+        plain = model(text, use_cache=True)
+    hook = model.register_forward_hook(lambda *a: seen.append(a[2].logits))
+    whole = statescope.trace(model, text, snapshots=-1)
+    assert torch.equal(seen.pop(), plain.logits)
+    layer = [a for a in ADAPTERS.values() if type(model).__name__.removesuffix("ForCausalLM") in a.models]
+    assert {whole.attrs["structure"]} == {a.structure for a in layer}
+    for depth in (0, 1):
+        kept = plain.past_key_values[depth]["recurrent_state"].cpu().numpy()
+        state = whole["snapshots"].state.sel(layer=depth).values[:, 0]
+        kept = (
+            kept
+            if kept.shape == state.shape and np.allclose(kept, state, atol=1e-3)
+            else kept.swapaxes(-2, -1)
+        )
+        np.testing.assert_allclose(state, kept, atol=1e-4 * np.abs(kept).max())
+    replaced = statescope.trace(model, text, snapshots=-1, backend="chunked")
+    torch.testing.assert_close(seen.pop(), plain.logits, rtol=1e-3, atol=1e-4)
+    assert_close(replaced, whole, rtol=1e-4)
+    for backend in ("auto", "chunked"):
+        assert_close(
+            statescope.trace(model, text, snapshots=-1, segment=7, backend=backend), whole, rtol=1e-4
+        )
+    hook.remove()
+    with torch.no_grad(), capture(model, lambda layer, call, run_own: run_own()):
+        carry = Carry.fresh(model)
+        from statescope import caches
+
+        model(text[:, :9], **caches.inputs(model, carry.cache, 0, text[:, :9]))
+        again = Carry.from_bytes(carry.to_bytes(), model, torch.device(DEVICE))
+        pair = [
+            model(text[:, 9:], **caches.inputs(model, c.cache, 9, text[:, 9:])).logits for c in (carry, again)
+        ]
+    assert torch.equal(*pair)
