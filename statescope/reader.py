@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from statescope.carry import Carry
 from statescope.measured import STEPS, Measured, Sink, suspect
 from statescope.recurrence import Recurrence
 from statescope.scan import ScanOutput, Steps, choose, probe, scan, token_loss, transition
-from statescope.watch import Watch, thin
+from statescope.watch import Watch, at_rest, thin
 
 Edit = Callable[[int, Recurrence], Recurrence]
 """``edit(layer, recurrence)`` returns the recurrence to run instead."""
@@ -102,6 +102,8 @@ class Reader:
         Whether the model's own scan computes the outputs (else the kernel does).
     edit : callable, optional
         See :data:`Edit`; needs ``own_outputs=False``.
+    lengths : sequence of int, optional
+        Tokens of every sequence, where shorter ones are padded on the right; read in one segment only.
     """
 
     def __init__(
@@ -112,11 +114,13 @@ class Reader:
         backend: str,
         own_outputs: bool,
         edit: Edit | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.model, self.ids, self.watch = model, ids, watch
         self.backend, self.own_outputs, self.edit = backend, own_outputs, edit
         self.device = next(model.parameters()).device
         self.heads = torch.tensor(watch.heads, device=self.device)
+        self.lengths = None if lengths is None else torch.tensor(lengths, device=self.device)
         self._handler: Handler | None = None
 
     @contextmanager
@@ -241,6 +245,8 @@ class _Segment:
     ) -> None:
         assert output.steps is not None and self.sink is not None
         picked = Steps(*(self._of_heads(getattr(output.steps, name)) for name in STEPS))
+        if self.reader.lengths is not None:
+            picked = at_rest(picked, self.reader.lengths)
         every = torch.stack([getattr(picked, name) for name in STEPS])
         window = self.watch.window
         kept = every if window == 1 else torch.stack([*thin(picked, window).values()])

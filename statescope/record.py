@@ -10,6 +10,7 @@ import xarray as xr
 import zarr
 
 from statescope.schema import COORDINATES, GROUPS, ROOT_ATTRIBUTES, SCHEMA_VERSION, group_variables
+from statescope.zipped import readable
 
 REQUIRED = ("tokens", "steps")
 
@@ -22,7 +23,7 @@ def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
     Parameters
     ----------
     store : str, Path or zarr store
-        What ``trace`` wrote.
+        What ``trace`` wrote, or one file of what ``statescope batch`` wrote.
     chunks : optional
         As for :func:`xarray.open_zarr`: None for numpy arrays read on access, ``{}`` for dask arrays.
 
@@ -39,6 +40,7 @@ def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
     ValueError
         If it is no record, a newer one, or a damaged one; says what is missing.
     """
+    store = readable(store)
     attributes: dict[str, Any] = dict(_validated(store).attrs)
     return assemble(open_groups(store, chunks=chunks), attributes)
 

@@ -164,6 +164,26 @@ def thin(steps: Steps, window: int) -> dict[str, Tensor]:
     }
 
 
+def at_rest(steps: Steps, lengths: Tensor) -> Steps:
+    """Let nothing happen after the end of each sequence, so that windows close as if it ended there.
+
+    Parameters
+    ----------
+    steps : Steps
+        Measurements from the first token on, (batch, time, heads).
+    lengths : Tensor, (batch,)
+        Tokens before the padding.
+    """
+    token = torch.arange(steps.log_decay.shape[1], device=lengths.device)[None]
+    padding = (token >= lengths[:, None])[..., None]
+    last = torch.minimum(token, lengths[:, None] - 1)[..., None]
+    nothing = {
+        n: getattr(steps, n).masked_fill(padding, 0) for n in ("log_decay", "write_norm", "write_overlap")
+    }
+    stays = {n: getattr(steps, n) for n in ("state_norm", "state_mean")}
+    return Steps(**nothing, **{n: x.gather(1, last.expand_as(x)) for n, x in stays.items()})
+
+
 def _windows(x: Tensor, window: int, fill: float) -> Tensor:
     missing = -x.shape[1] % window
     return torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill).unflatten(1, (-1, window))

@@ -1,6 +1,6 @@
-"""The command line, ``statescope trace | info | report | ...``. Nothing here imports torch."""
+"""The command line, ``statescope trace | info | batch | ...``. Nothing here imports torch."""
 
-from statescope.cli import trace, report, passkey, demo, bench  # isort: skip  # in the order --help lists them
+from statescope.cli import trace, batch, report, passkey, demo, bench  # isort: skip  # in the order --help lists them
 from statescope.cli.app import app
 
-__all__ = ["app", "bench", "demo", "passkey", "report", "trace"]
+__all__ = ["app", "batch", "bench", "demo", "passkey", "report", "trace"]
