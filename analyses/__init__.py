@@ -4,6 +4,7 @@ What needs more is not imported here: figures (:mod:`statescope.analyses.plots`,
 passkey failure (:mod:`statescope.analyses.failure`, scikit-learn).
 """
 
+from statescope.analyses.corpus import by_text, corpus, text_of, texts
 from statescope.analyses.forgetting import forgetting, memory_span
 from statescope.analyses.loss import loss_by_position
 from statescope.analyses.memories import live_memories, memories
@@ -16,7 +17,9 @@ from statescope.analyses.snapshots import state_extremes, state_outliers, state_
 from statescope.analyses.state import norm_budget, overload_growth, overload_ratio, state_statistics
 
 __all__ = [
+    "by_text",
     "contribution_of",
+    "corpus",
     "forgetting",
     "head_reach",
     "live_memories",
@@ -37,5 +40,7 @@ __all__ = [
     "state_outliers",
     "state_rank",
     "state_statistics",
+    "text_of",
+    "texts",
     "time_scales",
 ]

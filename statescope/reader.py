@@ -103,7 +103,7 @@ class Reader:
     edit : callable, optional
         See :data:`Edit`; needs ``own_outputs=False``.
     lengths : sequence of int, optional
-        Tokens of every sequence, where shorter ones are padded on the right; read in one segment only.
+        Of every sequence, where shorter ones are padded on the right; for texts of one segment.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ Every figure reads in black and white as well: curves differ by line, marks by s
 lightness. None is left open in pyplot.
 """
 
+from statescope.analyses.plots.corpus import corpus_figure
 from statescope.analyses.plots.decay import decay_figure, retention_figure
 from statescope.analyses.plots.failure import failure_figure
 from statescope.analyses.plots.loss import loss_figure
@@ -14,6 +15,7 @@ from statescope.analyses.plots.strip import token_strip
 
 __all__ = [
     "PasskeyPanel",
+    "corpus_figure",
     "decay_figure",
     "failure_figure",
     "loss_figure",

@@ -19,8 +19,8 @@ from statescope.batch.inputs import read
 from statescope.batch.manifest import NAME, Manifest, Outcome
 from statescope.batch.places import TEXTS, Dumps, claimed, without_secrets
 from statescope.batch.progress import Progress
+from statescope.batch.settings import Settings
 from statescope.batch.shelf import Shelf
-from statescope.batch.work import Settings
 from statescope.zipped import readable
 
 T = TypeVar("T")
@@ -250,8 +250,15 @@ def _manifest(
 ) -> Iterator[tuple[Manifest, Callable[[bool], None]]]:
     """Open a run's manifest; of a place that is no disk, a copy that is sent there now and then."""
     if not place.remote:
-        with Manifest(Path(place.address(name))) as manifest:
-            yield manifest, lambda now: None
+        path = Path(place.address(name))
+        former = path.exists()
+        with Manifest(path) as manifest:
+            try:
+                yield manifest, lambda now: None
+            except (ValueError, TypeError):
+                if not former and not manifest.totals().get("done"):
+                    path.unlink()  # what was asked for makes no sense: nothing is left of it
+                raise
         return
     with tempfile.TemporaryDirectory(prefix="statescope-") as folder:
         local, sent = Path(folder) / name, time.monotonic()

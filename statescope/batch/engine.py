@@ -15,8 +15,9 @@ from typing import Any
 
 from statescope.batch.manifest import Manifest, Outcome
 from statescope.batch.places import Dumps, without_secrets
+from statescope.batch.settings import Facts, Settings, Text
 from statescope.batch.shelf import Shelf
-from statescope.batch.work import Facts, Settings, Text, look, work
+from statescope.batch.work import look, work
 
 ATTEMPTS = 3
 """Workers that a text may kill."""

@@ -70,7 +70,8 @@ def estimate(
     """
     from statescope.batch.cluster import gpus
     from statescope.batch.command import belongs, manifest_name, reached, shard_of, waiting
-    from statescope.batch.work import Text, look, work
+    from statescope.batch.settings import Text
+    from statescope.batch.work import look, work
 
     place, share = Dumps.at(dumps), shard_of(shard)
     rows = read(inputs, text=text, id=id, pattern=pattern)

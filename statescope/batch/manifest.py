@@ -82,22 +82,23 @@ class Manifest:
         self._db.close()
 
     def agree(self, settings: Mapping[str, Any]) -> None:
-        """Demand that settings are those of the records that are there; note them if they are the first.
+        """Demand that settings are those of the records that are there; note them if there are none.
 
         Raises
         ------
         ValueError
             Names what differs.
         """
+        done = self.totals().get("done", (0, 0, 0))[0]
         for name, value in {"version": VERSION, **settings}.items():
             written = json.dumps(value, sort_keys=True)
             known = self._db.execute("SELECT value FROM run WHERE name = ?", [name]).fetchone()
-            if known is not None and known[0] != written:
+            if done and known is not None and known[0] != written:
                 raise ValueError(
                     f"{name}={written}, but the records that are there were made with {known[0]}; repeat"
                     " that, or name another folder for dumps"
                 )
-            self._db.execute("INSERT OR IGNORE INTO run VALUES (?, ?)", [name, written])
+            self._db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", [name, written])
 
     def register(self, rows: Iterable[tuple[Row, str | None]]) -> dict[str, int]:
         """Take in the inputs, all or none; say how many are new, changed or as they were.

@@ -174,8 +174,9 @@ def claimed(dumps: Dumps, run: str) -> Iterator[None]:
         finally:
             shutil.rmtree(left, ignore_errors=True)
             Path(lock.name).unlink(missing_ok=True)
-            if not any(left.parent.iterdir()):
-                left.parent.rmdir()
+            for folder in (left.parent, Path(dumps.url)):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def without_secrets(message: str) -> str:

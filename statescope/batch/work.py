@@ -7,11 +7,9 @@ otherwise. Longer texts are read alone, as :func:`statescope.trace` reads them, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from numpy.typing import NDArray
 from torch import nn
 from zarr.storage import MemoryStore
 
-from statescope.batch.inputs import Content
 from statescope.batch.manifest import Outcome
 from statescope.batch.places import TEXTS, Dumps, drafts, without_secrets
+from statescope.batch.settings import Facts, Settings, Text
 from statescope.memory import MemoryRecord
 from statescope.models import digest, resolve
 from statescope.plan import Plan
@@ -41,56 +39,6 @@ IN_MEMORY = 256 * 2**20
 
 PADDING = 0.2
 """Part of a pass that may be padding."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How texts are read: the arguments of :func:`statescope.trace`, as JSON can hold them.
-
-    ``alone`` reads every text by itself: bit for bit what one call of ``trace`` gives, and slower.
-    """
-
-    model: str
-    tokenizer: str | None = None
-    layers: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
-    snapshots: tuple[int, ...] | None = None
-    probes: tuple[int, ...] | None = None
-    reach: int | None = None
-    window: int = 1
-    segment: int | None = None
-    backend: str = "auto"
-    device: str | None = None
-    dtype: str | None = None
-    train_length: int | None = None
-    alone: bool = False
-
-    def digest(self) -> str:
-        """Hash of what decides the numbers, for every record."""
-        return hashlib.sha256(json.dumps(self.written(), sort_keys=True).encode()).hexdigest()
-
-    def written(self) -> dict[str, Any]:
-        """What decides the numbers, for the manifest: all but the device."""
-        return {k: v for k, v in asdict(self).items() if k != "device"}
-
-
-@dataclass(frozen=True)
-class Text:
-    """One piece of work."""
-
-    id: str
-    sha256: str
-    place: str
-    content: Content
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the parent learns from a worker before it hands out texts."""
-
-    segment: int
-    weights: str
-    device: str
 
 
 @lru_cache(maxsize=1)

@@ -57,7 +57,7 @@ def batch(
     with plain_errors("stopped; everything finished is kept: run the same command again to go on"):
         from statescope.batch.command import batch as run
         from statescope.batch.estimate import estimate
-        from statescope.batch.work import Settings
+        from statescope.batch.settings import Settings
 
         spans = {"layers": layers, "heads": heads, "snapshots": snapshots, "probes": probes}
         given = {name: integers(name, span) for name, span in spans.items()}

@@ -51,6 +51,12 @@ READINGS = {
         "The darker a token, the more of the state's energy is its own; what must be recalled should stand"
         " out.",
     ),
+    "corpus": (
+        "Overload over the corpus",
+        "Left: in a text above the dotted line some head has twice the energy it ever had in training. Right:"
+        " a dark cell is a head that is overloaded in most texts, whatever they say: the model's fault, not"
+        " one text's.",
+    ),
     "passkeys": (
         "Passkeys",
         "Left of the solid line passkeys are recalled; what is lost to its right, at early depths first, is"
@@ -123,6 +129,17 @@ def sections(
             content = io.BytesIO()
             figure.savefig(content, dpi=DPI)
             yield Section(name, f"plots.{call}", picture=content.getvalue())
+
+
+def corpus_sections(judged: xr.Dataset | None, given: int | None) -> Iterator[Section]:
+    """Draw a collection; ``judged`` is what :func:`statescope.analyses.corpus` gave."""
+    call = f"plots.corpus_figure(corpus(collection{'' if given is None else f', {given}'}))"
+    if judged is None:
+        yield Section("corpus", call, missing="The training length is not known: pass --train-length.")
+        return
+    content = io.BytesIO()
+    plots.corpus_figure(judged).savefig(content, dpi=DPI)
+    yield Section("corpus", call, picture=content.getvalue())
 
 
 def _overload(record: xr.DataTree, train_length: int | None, judged: xr.Dataset | None) -> Figure | str:
