@@ -12,6 +12,9 @@ from statescope.analyses.blocks import train_length as resolve
 from statescope.analyses.blocks import window
 from statescope.analyses.overload import VERDICTS, overload
 
+SMALL = 256 * 2**20
+"""Bytes of a text's record that is loaded at once."""
+
 PER_TEXT = {
     "verdict": ("verdict on the worst head", "1"),
     "overloaded_heads": ("heads overloaded", "1"),
@@ -86,7 +89,7 @@ def by_text(
     Dataset
         What the function gives, along ``sequence``.
     """
-    parts = [function(one, *args, **options) for one in texts(collection)]
+    parts = [function(_at_hand(one), *args, **options) for one in texts(collection)]
     ids = _ids(collection)
     parts = [
         p if "sequence" in p.dims else p.expand_dims(sequence=[i]) for i, p in zip(ids, parts, strict=True)
@@ -116,8 +119,9 @@ def corpus(collection: xr.DataTree, train_length: int | None = None, confidence:
     -------
     Dataset, (sequence,), (layer, head)
         By text, the worst first: ``verdict``, that of its worst head; ``overloaded_heads``; ``worst_ratio``
-        with ``worst_layer`` and ``worst_head``; ``judged``, whether it is longer than the training length, as
-        only then a head can be found overloaded; all coordinates of the collection. By head: ``overloaded_share``
+        with ``worst_layer`` and ``worst_head``; ``judged``, whether it is longer than the
+        training length, as only then a
+        head can be overloaded; all coordinates of the collection. By head: ``overloaded_share``
         :math:`p` (NaN if no text is judged) and ``median_ratio`` over the texts that are judged.
         ``attrs["sentence"]`` says it in words.
 
@@ -155,6 +159,11 @@ def corpus(collection: xr.DataTree, train_length: int | None = None, confidence:
     result.attrs = {"train_length": limit, "texts": len(ratio), "judged": int(judged.sum())}
     result.attrs["sentence"] = _sentence(result)
     return result
+
+
+def _at_hand(record: xr.DataTree) -> xr.DataTree:
+    """Load a record that is small: an analysis reads it layer by layer, and more than once."""
+    return record.load() if sum(g.nbytes for g in record.children.values()) <= SMALL else record
 
 
 def _ids(collection: xr.DataTree) -> Any:

@@ -13,6 +13,7 @@ QUIET = {
     "distributed.scheduler.allowed-failures": 0,  # a death is counted here, text by text
     "distributed.scheduler.worker-saturation": 1.0,  # what waits for a worker does not die with it
     "distributed.worker.daemon": True,  # no worker outlives its parent
+    "distributed.worker.multiprocessing-method": "forkserver",  # imports are done once, also for a successor
     "distributed.admin.log-format": "%(name)s - %(levelname)s - %(message)s",
     "distributed.worker.memory.target": False,  # what a worker holds is its model, which cannot be spilled
     "distributed.worker.memory.spill": False,
@@ -21,8 +22,8 @@ QUIET = {
 }
 """Dask's settings for a cluster of our own."""
 
-PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-"""A worker leaves Ctrl-C to its parent, which stops it."""
+PRELOAD = "import signal, torch; signal.signal(signal.SIGINT, signal.SIG_IGN); torch.set_num_threads({})"
+"""A worker leaves Ctrl-C to its parent, which stops it; its threads are its share of the cores."""
 
 
 @contextmanager
@@ -75,6 +76,7 @@ def gpus() -> list[str]:
 
 def _here(number: int | None) -> Any:
     from distributed import Nanny, Scheduler, SpecCluster
+    from distributed.utils import get_mp_context
 
     if number is not None and number < 1:
         raise ValueError(f"workers={number}; expected 1 or more")
@@ -82,13 +84,19 @@ def _here(number: int | None) -> Any:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = number or len(devices) or max(1, cores // 2)
     options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": None}
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // count))
+    get_mp_context().set_forkserver_preload(["distributed", "statescope.batch.work"])
     specification = {}
     for i in range(count):
-        variables = {"OMP_NUM_THREADS": threads, "TRANSFORMERS_VERBOSITY": "error"}
+        variables = {"TRANSFORMERS_VERBOSITY": "error"}
         if devices:
             variables["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
-        given = {**options, "env": variables, "preload": PRELOAD, "silence_logs": logging.CRITICAL}
+        given = {
+            **options,
+            "env": variables,
+            "preload": PRELOAD.format(threads),
+            "silence_logs": logging.CRITICAL,
+        }
         specification[i] = {"cls": Nanny, "options": given}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": ":0"}}
     return SpecCluster(workers=specification, scheduler=scheduler, silence_logs=logging.CRITICAL)

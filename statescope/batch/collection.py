@@ -85,13 +85,8 @@ def open_collection(dumps: str | Path, *, chunks: Any = None) -> xr.DataTree:
         groups = {name: group.chunk({"sequence": 1, **chunks}) for name, group in groups.items()}
     attributes = {k: v for k, v in first.attrs.items() if k not in OF_ONE_TEXT}
     longest = max(t["tokens"] for t in texts)
-    attributes |= {
-        "collection": place.url,
-        "texts": len(texts),
-        "tokens": longest,
-        "committed": longest,
-        **counts,
-    }
+    attributes |= {"collection": place.url, "texts": len(texts), "tokens": longest, "committed": longest}
+    attributes.update(counts)
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), **groups})
 
 

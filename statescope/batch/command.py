@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import tempfile
 import time
 from collections import Counter
@@ -154,6 +155,8 @@ def _read(
             engine.go(todo, facts, tell)
     except Stopped as error:
         stopped = str(error)
+    except sqlite3.OperationalError as error:
+        stopped = f"the manifest cannot be written: {error}"
     return _summary(manifest, began, bar.read, stopped)
 
 
