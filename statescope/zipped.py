@@ -22,11 +22,12 @@ class RemoteZip(ZipStore):
         super().__init__(Path(url.rsplit("/", 1)[-1]), mode="r")
 
     def _sync_open(self) -> None:
-        import fsspec
+        from fsspec.core import url_to_fs
 
         self._lock = threading.RLock()
         # What describes the record stands at the end of the file: one request fetches all of it.
-        self._zf = zipfile.ZipFile(fsspec.open(self.url, "rb", block_size=2**20).open())
+        files, path = url_to_fs(self.url)
+        self._zf = zipfile.ZipFile(files.open(path, "rb", block_size=2**20))
         self._is_open = True
 
     def __str__(self) -> str:

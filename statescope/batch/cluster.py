@@ -22,6 +22,9 @@ QUIET = {
 }
 """Dask's settings for a cluster of our own."""
 
+IMPORTED = ["distributed", "statescope.batch.work", "transformers.models.mamba2.modeling_mamba2"]
+"""What workers share from the start: with one family's module comes what those of all others import."""
+
 PRELOAD = "import signal, torch; signal.signal(signal.SIGINT, signal.SIG_IGN); torch.set_num_threads({})"
 """A worker leaves Ctrl-C to its parent, which stops it; its threads are its share of the cores."""
 
@@ -85,7 +88,7 @@ def _here(number: int | None) -> Any:
     count = number or len(devices) or max(1, cores // 2)
     options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": None}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // count))
-    get_mp_context().set_forkserver_preload(["distributed", "statescope.batch.work"])
+    get_mp_context().set_forkserver_preload(IMPORTED)
     specification = {}
     for i in range(count):
         variables = {"TRANSFORMERS_VERBOSITY": "error"}

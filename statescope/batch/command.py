@@ -143,7 +143,7 @@ def _read(
     bar = Progress(todo, say)
     try:
         with workers_of(scheduler, workers) as (client, own), bar:
-            engine = Engine(client, own, settings, place, manifest, shelf, label)
+            engine = Engine(client, own, settings, place, manifest, shelf, label, say)
             say(f"dashboard: {client.dashboard_link}")
             facts = engine.look()
             manifest.agree({"weights": facts.weights})

@@ -59,6 +59,8 @@ class Engine:
         How to read, where to write, what is written down, what is read.
     label : str
         Name of the run.
+    say : callable
+        Takes each line that is said.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Engine:
         manifest: Manifest,
         shelf: Shelf,
         label: str,
+        say: Callable[[str], None],
     ) -> None:
         self._client, self._own, self._settings = client, own, settings
         self._dumps, self._manifest, self._shelf, self._label = dumps, manifest, shelf, label
+        self._say, self._patience, self._lonely = say, 30.0, time.monotonic()
         self._queue: deque[list[Waiting]] = deque()
         self._running: dict[Any, list[Waiting]] = {}
         self._deaths: Counter[str] = Counter()
@@ -116,13 +120,16 @@ class Engine:
 
     def _wait(self, futures: list[Any]) -> list[Any]:
         """Return futures that are done, or nothing after a second."""
-        from distributed import wait
+        from distributed import CancelledError, wait
 
         try:
             with self._client.as_current():
                 done = list(wait(futures, timeout=1.0, return_when="FIRST_COMPLETED").done)
         except TimeoutError:
             done = []
+        except CancelledError as error:
+            raise Stopped("the scheduler is gone") from error
+        self._complain_of_loneliness()
         alone = self._client.status != "running" or (self._own and not self._workers())
         if not alone:
             self._deserted = None
@@ -132,6 +139,14 @@ class Engine:
         if self._deserted is not None and time.monotonic() - self._deserted > limit:
             raise Stopped("its workers are gone" if self._own else "the scheduler does not answer any more")
         return done
+
+    def _complain_of_loneliness(self) -> None:
+        """Say now and then that a cluster has no workers yet: a queue may take hours, or forever."""
+        if self._workers():
+            self._patience, self._lonely = 30.0, time.monotonic()
+        elif time.monotonic() - self._lonely > self._patience:
+            self._patience, self._lonely = 600.0, time.monotonic()
+            self._say("waiting for workers: the cluster has none")
 
     def _workers(self) -> Any:
         return self._client.scheduler_info(n_workers=-1).get("workers", {})
