@@ -338,7 +338,7 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_MAX_ATTEMPTS": "1",
-        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",  # rclone sends the whole file's with a part of it
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",  # rclone sends that of the whole
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

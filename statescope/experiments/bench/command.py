@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from statescope.experiments.bench import accuracy, forward, scans, stream
+from statescope.experiments.bench import accuracy, batch, forward, scans, stream
 from statescope.experiments.bench.apart import reason
 from statescope.experiments.bench.settings import Settings
 from statescope.plan import versions
 
-MODULES: dict[str, Any] = {"accuracy": accuracy, "scan": scans, "forward": forward, "stream": stream}
+MODULES: dict[str, Any] = {
+    "accuracy": accuracy, "scan": scans, "forward": forward, "stream": stream, "batch": batch
+}  # fmt: skip
 
 
 def run(settings: Settings, output: Path, say: Callable[[str], None]) -> dict[str, Any]:
