@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as arrow
 import pytest
 import torch
 import xarray as xr
 from conftest import needs
-from pyarrow import parquet
 from tiny import assert_close, assert_identical, build
 from typer.testing import CliRunner
 
@@ -200,7 +198,7 @@ def test_runs_again(client: Any, tmp_path: Path) -> None:
     (dumps / "texts" / place_of("t3")).unlink()
     assert again() == (1, 4, 0, 0)
     (dumps / "manifest.sqlite").unlink()  # all is there: it is taken over, if the weights are the same
-    assert again(limit=1)[0] == 1 and again() == (0, 4, 0, 0)
+    assert again() == (0, 4, 0, 0)
     with pytest.raises(ValueError, match=r"window=5, but the records that are there were made with 1"):
         again(Settings(MODEL, device="cpu", backend="chunked", window=5))
     assert sorted(p.name for p in dumps.iterdir()) == ["manifest.sqlite", "texts"]
@@ -238,7 +236,7 @@ def test_shards_share_the_work(client: Any, tmp_path: Path) -> None:
     assert sum(f.read for f in found) == 12 and all(f.read for f in found)
     assert len(list(dumps.glob("manifest-?-of-3.sqlite"))) == 3
     assert statescope.open_collection(dumps)["steps"].sizes["sequence"] == 12
-    assert batch(source, dumps, SETTINGS, scheduler=client).read in (0, 12)
+    assert batch(source, dumps, SETTINGS, scheduler=client).read == 0
 
 
 BAD: list[tuple[Any, str]] = [
@@ -306,6 +304,10 @@ def test_ids_that_are_no_names(client: Any, tmp_path: Path) -> None:
 
 def test_every_kind_of_inputs(tmp_path: Path) -> None:
     """The same texts, ids and columns from all of them."""
+    needs("pyarrow")
+    import pyarrow as arrow
+    from pyarrow import parquet
+
     rows = [{"id": f"é{i}", "text": f'text, {i}\nof "two" lines', "score": i / 2} for i in range(3)]
     expected = [(r["id"], r["text"]) for r in rows]
     found = {"jsonl": list(read(write(tmp_path / "in.jsonl", rows)))}
@@ -345,6 +347,10 @@ def test_every_kind_of_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("column", ["text", "id"])
 @pytest.mark.parametrize("kind", ["csv", "parquet", "dataset"])
 def test_missing_column(kind: str, column: str, tmp_path: Path) -> None:
+    needs("pyarrow")
+    import pyarrow as arrow
+    from pyarrow import parquet
+
     table, place = arrow.table({"id": ["a"], "text": ["b"]}), tmp_path / f"in.{kind}"
     if kind == "csv":
         place.write_text("id,text\na,b\n")

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from statescope.analyses.overload import OVERLOADED
 from statescope.analyses.plots.style import BOUND, SEQUENTIAL, TRAIN_LENGTH, sheet
@@ -44,6 +44,9 @@ def _draw_texts(ax: Axes, judged: xr.Dataset) -> None:
     ax.axhline(OVERLOADED, **BOUND)
     ax.axvline(judged.attrs["train_length"], **TRAIN_LENGTH)
     ax.set(xscale="log", xlabel="length of the text (token)", ylabel="overload ratio of its worst head")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_ylim(0, max(1.1 * OVERLOADED, 1.08 * float(np.nanmax(ratio))) if np.isfinite(ratio).any() else 2)
     ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
 

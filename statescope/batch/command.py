@@ -145,8 +145,12 @@ def _read(
         with workers_of(scheduler, workers) as (client, own), bar:
             engine = Engine(client, own, settings, place, manifest, shelf, label, say)
             say(f"dashboard: {client.dashboard_link}")
-            facts = engine.look()
+            facts, new = engine.look(), "weights" not in manifest.settings()
             manifest.agree({"weights": facts.weights})
+            if new:  # only now can it be said whose records those are that another manifest wrote
+                reconcile(manifest, place)
+                done = {t["id"] for t in manifest.texts("done")}
+                todo = [w for w in todo if w.id not in done]
 
             def tell(outcomes: list[Outcome]) -> None:
                 bar.tell(outcomes)

@@ -53,9 +53,9 @@ READINGS = {
     ),
     "corpus": (
         "Overload over the corpus",
-        "Left: in a text above the dotted line some head has twice the energy it ever had in training. Right:"
-        " a dark cell is a head that is overloaded in most texts, whatever they say: the model's fault, not"
-        " one text's.",
+        "Left: a cross is a text in which some head surely has more than twice the energy it ever had in"
+        " training (dotted). Right: a dark cell is a head that is overloaded in most texts, whatever they"
+        " say: the model's fault, not one text's.",
     ),
     "passkeys": (
         "Passkeys",
