@@ -11,6 +11,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ from statescope.batch.places import Dumps
 
 needs("distributed")
 
-LENGTHS = [int(n) for n in np.random.default_rng(0).integers(50, 1500, 24)]
+LENGTHS = [int(n) for n in np.random.default_rng(0).integers(50, 600, 16)]
 
-KILLS = int(os.environ.get("STATESCOPE_BATCH_KILLS", "3"))
+SMALL = replace(SETTINGS, segment=256)
+"""Short segments make many pieces of work of few texts."""
+
+KILLS = int(os.environ.get("STATESCOPE_BATCH_KILLS", "2"))
 """Workers killed during one run."""
 
 
@@ -126,7 +130,7 @@ def test_killed_workers_lose_no_text(cluster: Any, tmp_path: Path) -> None:
             time.sleep(0.5)
 
     killer = during(dumps, 3, kill)
-    found = batch(source, dumps, SETTINGS, scheduler=cluster)
+    found = batch(source, dumps, SMALL, scheduler=cluster)
     killer.join()
     assert (found.done, found.failed, found.stopped) == (len(rows), 0, None) and killed
     agrees(dumps, rows)
@@ -139,7 +143,7 @@ def test_text_that_kills_workers_fails_alone(
     monkeypatch.setattr(engine, "ATTEMPTS", 2)
     rows = [*texts([60] * 6), {"id": "deadly", "text": "poison! " * 8}]
     source, dumps = write(tmp_path / "in.jsonl", rows), tmp_path / "dumps"
-    found = batch(source, dumps, SETTINGS, scheduler=cluster)
+    found = batch(source, dumps, SMALL, scheduler=cluster)
     assert (found.done, found.failed) == (6, 1)
     assert found.reasons == (("2 workers died while they read it (out of memory?)", 1),)
     agrees(dumps, rows, ("deadly",))
@@ -196,20 +200,20 @@ def test_killed_scheduler_stops_the_run(
         process.start()
         time.sleep(0.5)
     killer = during(dumps, 2, lambda: os.kill(processes[0].pid, signal.SIGKILL))
-    found = batch(source, dumps, SETTINGS, scheduler=f"tcp://127.0.0.1:{port}")
+    found = batch(source, dumps, SMALL, scheduler=f"tcp://127.0.0.1:{port}")
     killer.join()
     assert found.stopped is not None and "scheduler" in found.stopped
     assert found.pending and not found.failed
     for process in processes:
         process.kill()
         process.join()
-    assert batch(source, dumps, SETTINGS, scheduler=cluster).done == 8
+    assert batch(source, dumps, SMALL, scheduler=cluster).done == 8
     agrees(dumps, rows)
 
 
 def parent(source: Path, dumps: Path, address: str) -> None:
     """Be a run on workers that are there."""
-    batch(source, dumps, SETTINGS, scheduler=address)
+    batch(source, dumps, SMALL, scheduler=address)
 
 
 def test_killed_parent(cluster: Any, tmp_path: Path) -> None:
@@ -225,7 +229,7 @@ def test_killed_parent(cluster: Any, tmp_path: Path) -> None:
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert 3 <= len(list(dumps.rglob("*.zarr.zip"))) < len(rows)
-    found = batch(source, dumps, SETTINGS, scheduler=cluster)
+    found = batch(source, dumps, SMALL, scheduler=cluster)
     assert found.done == len(rows) and found.read <= len(rows) - 3
     agrees(dumps, rows)
 
@@ -237,7 +241,7 @@ def test_interrupted_command(cluster: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "statescope.cli", "batch", str(source), "-m", MODEL, "-o", str(dumps)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*command, "--workers", "1", "--backend", "chunked", "--device", "cpu"],
+        [*command, "--workers", "1", "--backend", "chunked", "--device", "cpu", "--segment", "256"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -258,7 +262,7 @@ def test_interrupted_command(cluster: Any, tmp_path: Path) -> None:
     assert said.splitlines()[-1].startswith("stopped; everything finished is kept: run the same command")
     left = len(list(dumps.rglob("*.zarr.zip")))
     assert 3 <= left < len(rows)
-    found = batch(source, dumps, SETTINGS, scheduler=cluster)
+    found = batch(source, dumps, SMALL, scheduler=cluster)
     assert found.done == len(rows) and found.read == len(rows) - left
     agrees(dumps, rows)
 
@@ -271,12 +275,12 @@ def test_two_runs_do_not_share_a_manifest(cluster: Any, tmp_path: Path) -> None:
 
     def second() -> None:
         try:
-            batch(source, dumps, SETTINGS, scheduler=cluster)
+            batch(source, dumps, SMALL, scheduler=cluster)
         except OSError as error:
             refused.append(str(error))
 
     other = during(dumps, 1, second)
-    assert batch(source, dumps, SETTINGS, scheduler=cluster).done == 12
+    assert batch(source, dumps, SMALL, scheduler=cluster).done == 12
     other.join()
     assert refused and "being written by another statescope batch" in refused[0]
 
@@ -290,11 +294,11 @@ def test_full_disk(cluster: Any, tmp_path: Path) -> None:
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         skip("mounting a file system of its own is not allowed here")
     try:
-        found = batch(source, dumps, SETTINGS, scheduler=cluster)
+        found = batch(source, dumps, SMALL, scheduler=cluster)
         assert found.stopped is not None and ("No space left" in found.stopped or "full" in found.stopped)
         assert 0 < found.done + found.pending == 12 and found.pending and not found.failed
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        assert batch(source, dumps, SETTINGS, scheduler=cluster).done == 12
+        assert batch(source, dumps, SMALL, scheduler=cluster).done == 12
         agrees(dumps, rows)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -375,7 +379,7 @@ def test_object_store(s3: S3, tmp_path: Path) -> None:
     options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
 
     def run() -> Summary:
-        return batch(source, "s3://bucket/run", SETTINGS, scheduler=client, say=said.append)
+        return batch(source, "s3://bucket/run", SMALL, scheduler=client, say=said.append)
 
     with LocalCluster(**options) as local, Client(local, set_as_default=False) as client:
         stopper = during(s3.folder, 1, s3.stop)
@@ -416,6 +420,6 @@ def test_job_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = {"scheduler_options": {"host": "127.0.0.1", "dashboard_address": None}, "nanny": False}
     with LocalCluster(cores=1, processes=1, memory="2GB", **local) as queue:
         queue.scale(jobs=1)
-        found = batch(source, dumps, SETTINGS, scheduler=queue)
+        found = batch(source, dumps, SMALL, scheduler=queue)
     assert (found.done, found.stopped) == (3, None)
     agrees(dumps, rows)
