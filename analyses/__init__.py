@@ -12,6 +12,7 @@ from statescope.analyses.attention import (
     output_share_of,
     recency_ratio,
 )
+from statescope.analyses.corpus import by_text, corpus, text_of, texts
 from statescope.analyses.erase import erase
 from statescope.analyses.forgetting import forgetting, memory_span
 from statescope.analyses.laws import fit_laws
@@ -30,7 +31,9 @@ from statescope.analyses.state import norm_budget, overload_growth, overload_rat
 from statescope.analyses.thresholds import learned_to_forget, thresholds
 
 __all__ = [
+    "by_text",
     "contribution_of",
+    "corpus",
     "effective_state_size",
     "erase",
     "fit_laws",
@@ -65,6 +68,8 @@ __all__ = [
     "state_outliers",
     "state_rank",
     "state_statistics",
+    "text_of",
+    "texts",
     "thresholds",
     "time_scales",
 ]

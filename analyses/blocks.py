@@ -36,6 +36,10 @@ def group(record: xr.DataTree, name: str) -> xr.Dataset:
     """
     if not isinstance(record, xr.DataTree):
         raise TypeError(f"record is a {type(record).__name__}; expected what statescope.open returns")
+    if "collection" in record.attrs:
+        raise ValueError(
+            f"record is a collection of {record.attrs['texts']} texts; see analyses.by_text and corpus"
+        )
     if name not in record.children:
         optional = name in ("snapshots", "probes")
         remedy = f"pass {name}= to statescope.trace" if optional else "open it with statescope.open"

@@ -79,7 +79,7 @@ def _last(x: Tensor, window: int) -> Tensor:
     return x[:, torch.arange(window - 1, time + window - 1, window, device=x.device).clamp(max=time - 1)]
 
 
-def thin_erased(erased: Tensor, window: int) -> Tensor:
+def thin_erased(erased: Tensor, window: int, lengths: Tensor | None = None) -> Tensor:
     r"""Keep one entry for every ``window`` tokens of what the delta rule erases.
 
     Over the tokens of a window: ``erase_norm`` :math:`= \sqrt{\sum |E_t|^2}`; ``erase_strength``, the mean.
@@ -90,9 +90,36 @@ def thin_erased(erased: Tensor, window: int) -> Tensor:
         See :class:`statescope.kernels.interface.ScanOutput`.
     window : int
         Tokens of one entry; 1 keeps everything.
+    lengths : Tensor, (batch,), optional
+        Tokens before the padding, which counts for nothing.
     """
     if window == 1:
         return erased
-    norm, strength = (_windows(x.double(), window) for x in erased)
-    count = _windows(torch.ones_like(erased[1], dtype=torch.float64), window).sum(2)
+    counted = torch.ones_like(erased[0], dtype=torch.float64)
+    if lengths is not None:
+        counted = counted.masked_fill(_padding(counted, lengths), 0)
+    norm, strength = (_windows(x.double() * counted, window) for x in erased)
+    count = _windows(counted, window).sum(2).clamp(min=1)
     return torch.stack([norm.square().sum(2).sqrt(), strength.sum(2) / count]).to(erased.dtype)
+
+
+def at_rest(steps: Tensor, lengths: Tensor) -> Tensor:
+    """Let nothing happen after the end of each sequence, so that windows close as if it ended there.
+
+    Parameters
+    ----------
+    steps : Tensor, (5, batch, time, heads)
+        Measurements from the first token on, as :func:`thin` takes them.
+    lengths : Tensor, (batch,)
+        Tokens before the padding.
+    """
+    padding = _padding(steps[0], lengths)
+    last = (lengths - 1)[:, None, None].expand(-1, 1, steps.shape[3])
+    norm, mean = (torch.where(padding, x.gather(1, last), x) for x in steps[2:4])
+    log_decay, write_norm, overlap = (x.masked_fill(padding, 0) for x in (steps[0], steps[1], steps[4]))
+    return torch.stack([log_decay, write_norm, norm, mean, overlap])
+
+
+def _padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """Which tokens of (batch, time, heads) lie after the end of their sequence."""
+    return (torch.arange(x.shape[1], device=x.device)[None] >= lengths[:, None])[..., None]

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from statescope.batch.collection import open_collection
     from statescope.models import bundled, load
     from statescope.record import open
     from statescope.recurrence import Recurrence
@@ -23,10 +24,11 @@ _HOMES = {
     "bundled": "models",
     "load": "models",
     "open": "record",
+    "open_collection": "batch.collection",
     "trace": "tracing",
 }
 
-__all__ = ["Probes", "Recurrence", "bundled", "load", "open", "trace"]
+__all__ = ["Probes", "Recurrence", "bundled", "load", "open", "open_collection", "trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,11 @@ from statescope.watch import Watch
 
 @dataclass(frozen=True)
 class Plan:
-    """A trace with nothing left open."""
+    """A trace with nothing left open.
+
+    ``lengths`` are those of texts that are read together, in one forward pass, the shorter ones padded on the
+    right; None where all sequences are of one length.
+    """
 
     model: nn.Module
     model_id: str
@@ -34,6 +38,7 @@ class Plan:
     edit: Edit | None
     segment: int
     train_length: int | None
+    lengths: tuple[int, ...] | None = None
 
     @property
     def layout(self) -> Layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,7 +16,17 @@ from statescope.capture import Handler, capture, mixers
 from statescope.carry import Carry
 from statescope.measured import ATTRIBUTED, OF_PROBE, STEPS, Measured, Sink, suspect
 from statescope.recurrence import Recurrence
-from statescope.scan import ScanOutput, choose, probe, scan, thin, thin_erased, token_loss, transition
+from statescope.scan import (
+    ScanOutput,
+    at_rest,
+    choose,
+    probe,
+    scan,
+    thin,
+    thin_erased,
+    token_loss,
+    transition,
+)
 from statescope.watch import Watch
 
 Edit = Callable[[int, Recurrence], Recurrence]
@@ -102,6 +112,8 @@ class Reader:
         See :data:`Edit`; needs ``own_outputs=False``.
     erases : bool
         Whether to keep what the delta rule erases.
+    lengths : sequence of int, optional
+        Of every sequence, where shorter ones are padded on the right; for texts of one segment.
     """
 
     def __init__(
@@ -113,11 +125,13 @@ class Reader:
         own_outputs: bool,
         edit: Edit | None = None,
         erases: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.model, self.ids, self.watch = model, ids, watch
         self.backend, self.own_outputs, self.edit, self.erases = backend, own_outputs, edit, erases
         self.device = next(model.parameters()).device
         self.heads = torch.tensor(watch.heads, device=self.device)
+        self.lengths = None if lengths is None else torch.tensor(lengths, device=self.device)
         self._handler: Handler | None = None
 
     @contextmanager
@@ -242,11 +256,13 @@ class _Segment:
     ) -> None:
         assert output.steps is not None and self.sink is not None
         every = torch.stack([self._of_heads(getattr(output.steps, name)) for name in STEPS])
+        if self.reader.lengths is not None:
+            every = at_rest(every, self.reader.lengths)
         window = self.watch.window
         kept = every if window == 1 else thin(every, window)
         if self.reader.erases:
             erased = every.new_zeros(2, *every.shape[1:]) if output.erased is None else output.erased
-            kept = torch.cat([kept, thin_erased(self._of_heads(erased), window)])
+            kept = torch.cat([kept, thin_erased(self._of_heads(erased), window, self.reader.lengths)])
         measured = Measured(
             self.start,
             self.stop,

@@ -19,6 +19,7 @@ from statescope.schema import (
     Variable,
     group_variables,
 )
+from statescope.zipped import readable
 
 REQUIRED = ("tokens", "steps")
 
@@ -31,7 +32,7 @@ def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
     Parameters
     ----------
     store : str, Path or zarr store
-        What ``trace`` wrote.
+        What ``trace`` wrote, or one file of what ``statescope batch`` wrote.
     chunks : optional
         As for :func:`xarray.open_zarr`: None for numpy arrays read on access, ``{}`` for dask arrays.
 
@@ -48,6 +49,7 @@ def open(store: Any, *, chunks: Any = None) -> xr.DataTree:
     ValueError
         If it is no record, a newer one, or a damaged one; says what is missing.
     """
+    store = readable(store)
     attributes: dict[str, Any] = dict(_validated(store).attrs)
     return assemble(open_groups(store, chunks=chunks), attributes)
 

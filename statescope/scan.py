@@ -10,7 +10,7 @@ from torch import Tensor
 
 from statescope.kernels.interface import Attribution, Kernel, ScanOutput, Steps
 from statescope.kernels.loss import token_loss
-from statescope.kernels.windows import thin, thin_erased
+from statescope.kernels.windows import at_rest, thin, thin_erased
 from statescope.recurrence import Recurrence
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Kernel",
     "ScanOutput",
     "Steps",
+    "at_rest",
     "choose",
     "on_gpu",
     "probe",

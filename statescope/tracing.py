@@ -120,31 +120,26 @@ def trace(
     -----
     Source: *Stuffed Mamba* (arXiv 2410.07145), sections 2 and 4.
     """
-    _check_numbers(segment=segment, train_length=train_length)
     model, model_id = resolve(model, device, dtype)
     mixers(model)  # a model without any is refused before its text is looked at
     ids = to_token_ids(text, tokenizer, model)
-    anatomy = survey(model, ids.to(next(model.parameters()).device), _kernel_choice(backend, edit))
-    watch = Watch.resolve(
-        tokens=ids.shape[1],
-        model_layers=anatomy.layers,
-        model_heads=anatomy.heads,
+    plan = prepare(
+        model,
+        model_id,
+        ids,
         layers=layers,
         heads=heads,
         snapshots=snapshots,
         probes=probes,
         window=window,
+        segment=segment,
+        backend=backend,
+        train_length=train_length,
+        edit=edit,
     )
-    own_outputs = backend == "model" or (backend == "auto" and edit is None)
-    usual = min(_usual_segment(next(model.parameters()).device), caches.longest_pass(model))
-    asked = max(segment or usual, 2)
-    length = -(-min(asked, ids.shape[1]) // window) * window
-    plan = Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
-    if plan.stop_after(0) < ids.shape[1]:
-        caches.refuse_segments(model)
     if store is None:
         memory = MemoryRecord(plan.layout, plan.attributes(), ids.numpy())
-        _warn_of_nonfinite(_run(plan, lambda: memory, progress))
+        _warn_of_nonfinite(run(plan, lambda: memory, progress))
         return memory.tree()
     place = as_place(store)
     fingerprint = plan.fingerprint()
@@ -160,12 +155,50 @@ def trace(
         groups.update(record.open_groups(place))
 
     kept = None if resumed is None else resumed.read_carry()
-    attributes = _run(plan, open_writer, progress, while_writing, on_disk=True, kept=kept)
+    attributes = run(plan, open_writer, progress, while_writing, on_disk=True, kept=kept)
     _warn_of_nonfinite(attributes)
     return record.assemble(groups, attributes)
 
 
-def _run(
+def prepare(
+    model: nn.Module,
+    model_id: str,
+    ids: torch.Tensor,
+    *,
+    layers: Iterable[int] | int | None = None,
+    heads: Iterable[int] | int | None = None,
+    snapshots: Iterable[int] | int | None = None,
+    probes: Iterable[int] | int | Probes | None = None,
+    window: int = 1,
+    segment: int | None = None,
+    backend: str = "auto",
+    train_length: int | None = None,
+    edit: Edit | None = None,
+) -> Plan:
+    """Settle what a trace of token ids comes to; arguments and errors are those of :func:`trace`."""
+    _check_numbers(segment=segment, train_length=train_length)
+    device = next(model.parameters()).device
+    anatomy = survey(model, ids.to(device), _kernel_choice(backend, edit))
+    watch = Watch.resolve(
+        tokens=ids.shape[1],
+        model_layers=anatomy.layers,
+        model_heads=anatomy.heads,
+        layers=layers,
+        heads=heads,
+        snapshots=snapshots,
+        probes=probes,
+        window=window,
+    )
+    own_outputs = backend == "model" or (backend == "auto" and edit is None)
+    asked = max(segment or min(usual_segment(device), caches.longest_pass(model)), 2)
+    length = -(-min(asked, ids.shape[1]) // window) * window
+    plan = Plan(model, model_id, ids, watch, anatomy, own_outputs, edit, length, train_length)
+    if plan.stop_after(0) < ids.shape[1]:
+        caches.refuse_segments(model)
+    return plan
+
+
+def run(
     plan: Plan,
     open_writer: Callable[[], Writer],
     progress: bool | None,
@@ -182,6 +215,7 @@ def _run(
         plan.own_outputs,
         plan.edit,
         plan.layout.erases,
+        plan.lengths,
     )
     tokens = plan.ids.shape[1]
     carry = Carry.fresh(plan.model) if kept is None else Carry.from_bytes(kept, plan.model, reader.device)
@@ -219,7 +253,8 @@ def _read_ahead(plan: Plan, reader: Reader, tokens: int, bar: Any) -> Carry:
     return carry
 
 
-def _usual_segment(device: torch.device) -> int:
+def usual_segment(device: torch.device) -> int:
+    """Tokens of one forward pass on a device."""
     if device.type != "cuda":
         return SEGMENT["cpu"]
     large = torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU

@@ -5,6 +5,7 @@ lightness. None is left open in pyplot.
 """
 
 from statescope.analyses.plots.attention import attention_figure
+from statescope.analyses.plots.corpus import corpus_figure
 from statescope.analyses.plots.decay import decay_figure, retention_figure
 from statescope.analyses.plots.failure import failure_figure
 from statescope.analyses.plots.laws import position_figure, threshold_figure
@@ -19,6 +20,7 @@ from statescope.analyses.plots.strip import token_strip
 __all__ = [
     "PasskeyPanel",
     "attention_figure",
+    "corpus_figure",
     "decay_figure",
     "failure_figure",
     "loss_figure",

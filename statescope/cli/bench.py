@@ -18,7 +18,7 @@ def bench(
         Path, typer.Option("--output", "-o", help="Result file (JSON); the picture is put beside it.")
     ] = Path("bench.json"),
     parts: Annotated[
-        str, typer.Option(help="What to measure, of accuracy, scan, forward, stream, families.")
+        str, typer.Option(help="What to measure, of accuracy, scan, forward, stream, families, batch.")
     ] = "accuracy,scan,forward,stream,families",
     shapes: Annotated[
         str,
@@ -41,6 +41,7 @@ def bench(
     stream: Annotated[
         str | None, typer.Option(help="Tokens of the texts traced to disk. Default: by device.")
     ] = None,
+    texts: Annotated[int | None, typer.Option(help="Texts of the batch. Default: by device.")] = None,
     scratch: Annotated[
         Path | None, typer.Option(help="Folder on the disk to write records to, and remove again.")
     ] = None,
@@ -67,6 +68,7 @@ def bench(
             model=model,
             forward=forward,
             stream=tuple(integers("stream", stream) or ()),
+            texts=texts,
             scratch=scratch,
         )
         result = command.run(settings, output, typer.echo)

@@ -14,12 +14,23 @@ def describe(store: Path) -> None:
     from statescope.report.facts import facts, progress
 
     record: Any = statescope.open(store)
-    files = [p for p in store.rglob("*") if p.is_file()]
+    files = [store] if store.is_file() else [p for p in store.rglob("*") if p.is_file()]
     size = sum(p.stat().st_size for p in files) / 2**20
     lines = {"record": f"{store} ({size:.1f} MiB, {len(files)} files), {progress(record)}", **facts(record)}
     for name, line in lines.items():
         typer.echo(f"{name:12} {line}")
     _summarise(record)
+
+
+def describe_batch(place: str) -> None:
+    """Print what became of the texts of a batch."""
+    from statescope.batch.collection import counts_of
+
+    found = counts_of(place)
+    counts = ", ".join(f"{found[status]:,} {status}" for status in ("done", "failed", "pending"))
+    typer.echo(f"{'batch':12} {place}: {counts}; {found['tokens']:,} tokens, {found['bytes'] / 1e6:,.1f} MB")
+    for name, reason in found["reasons"].items():
+        typer.echo(f"{'failed':12} {name}: {reason}")
 
 
 def _summarise(record: Any) -> None:

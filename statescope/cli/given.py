@@ -15,7 +15,9 @@ Integers = Annotated[str | None, typer.Option(help="Integers or ranges, such as 
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def plain_errors(
+    stopped: str = "stopped; run the same command again to go on from the last commit",
+) -> Iterator[None]:
     """Show what a user can mend as one line, without a traceback, and nothing of transformers' advice."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -24,7 +26,7 @@ def plain_errors() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        typer.echo("stopped; run the same command again to go on from the last commit", err=True)
+        typer.echo(stopped, err=True)
         raise typer.Exit(130) from error
 
 

@@ -14,7 +14,7 @@ from statescope.cli.given import plain_errors
 
 @app.command()
 def report(
-    store: Annotated[Path, typer.Argument(help="A record.")],
+    store: Annotated[str, typer.Argument(help="A record, or the folder or URL of a batch.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page to write. Default: report.html.")
     ] = None,
@@ -26,7 +26,7 @@ def report(
         str | None, typer.Option(help="html, one file; or md, with pictures beside it. Default: by the name.")
     ] = None,
 ) -> None:
-    """Write one page about a record: the verdict, the facts, the figures and how each was made."""
+    """Write one page about a record, or many: the verdict, the facts, the figures and how each was made."""
     with plain_errors():
         missing = [name for name in ("jinja2", "seaborn") if find_spec(name) is None]
         if missing:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from statescope.cli.app import app
-from statescope.cli.describe import describe
+from statescope.cli.describe import describe, describe_batch
 from statescope.cli.given import Integers, integers, plain_errors, read_text
 
 
@@ -68,7 +68,12 @@ def trace(
 
 
 @app.command()
-def info(store: Annotated[Path, typer.Argument(help="A record.")]) -> None:
-    """Say what a record holds."""
+def info(store: Annotated[str, typer.Argument(help="A record, or the folder or URL of a batch.")]) -> None:
+    """Say what a record holds, or what became of a batch."""
     with plain_errors():
-        describe(store)
+        from statescope.batch.collection import is_collection
+
+        if is_collection(store):
+            describe_batch(store)
+        else:
+            describe(Path(store))

@@ -12,6 +12,8 @@ import jinja2
 
 import statescope.record
 from statescope.analyses import read_answers
+from statescope.batch.collection import is_collection
+from statescope.report.corpus import corpus_content
 from statescope.report.facts import facts, progress
 from statescope.report.sections import Section, sections
 from statescope.report.verdict import judge
@@ -32,7 +34,7 @@ def write_report(
     Parameters
     ----------
     store : str or Path
-        A record.
+        A record, or what ``statescope batch`` wrote.
     output : str or Path
         The page to write. HTML holds everything and loads nothing; beside a Markdown file its pictures are
         written, ``NAME-FIGURE.png``.
@@ -57,6 +59,11 @@ def write_report(
     format = _format(output, format)
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output={str(output)!r}: there is no folder {str(output.parent)!r}")
+    if is_collection(store):
+        if answers is not None:
+            raise ValueError("answers go with one record, not with a collection")
+        content = corpus_content(store, train_length)
+        return _write(output, format, content)
     record = statescope.record.open(store)
     if not record["steps"].sizes["token"]:
         raise ValueError(f"store={str(store)!r} has no tokens yet: nothing is committed")
@@ -72,6 +79,11 @@ def write_report(
         "model": str(record.attrs["model_id"]),
         "version": str(record.attrs["statescope_version"]),
     }
+    return _write(output, format, content)
+
+
+def _write(output: Path, format: str, content: Mapping[str, Any]) -> list[Path]:
+    figures = content["figures"]
     pictures = {} if format == "html" else _pictures(output, figures)
     page = _render(format, {**content, "files": {name: path.name for name, (path, _) in pictures.items()}})
     for path, data in pictures.values():

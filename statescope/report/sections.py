@@ -56,6 +56,12 @@ READINGS = {
         "Dark to the left of the dashed line is read from further back than training could show; heads whose"
         " bar is full read as if they had a short window.",
     ),
+    "corpus": (
+        "Overload over the corpus",
+        "Left: a cross is a text in which some head surely has more than twice the energy it ever had in"
+        " training (dotted). Right: a dark cell is a head that is overloaded in most texts, whatever they"
+        " say: the model's fault, not one text's.",
+    ),
     "passkeys": (
         "Passkeys",
         "Left of the solid line passkeys are recalled; what is lost to its right, at early depths first, is"
@@ -129,6 +135,17 @@ def sections(
             content = io.BytesIO()
             figure.savefig(content, dpi=DPI)
             yield Section(name, f"plots.{call}", picture=content.getvalue())
+
+
+def corpus_sections(judged: xr.Dataset | None, given: int | None) -> Iterator[Section]:
+    """Draw a collection; ``judged`` is what :func:`statescope.analyses.corpus` gave."""
+    call = f"plots.corpus_figure(corpus(collection{'' if given is None else f', {given}'}))"
+    if judged is None:
+        yield Section("corpus", call, missing="The training length is not known: pass --train-length.")
+        return
+    content = io.BytesIO()
+    plots.corpus_figure(judged).savefig(content, dpi=DPI)
+    yield Section("corpus", call, picture=content.getvalue())
 
 
 def _overload(record: xr.DataTree, train_length: int | None, judged: xr.Dataset | None) -> Figure | str:

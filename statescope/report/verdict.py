@@ -24,6 +24,7 @@ class Verdict:
     columns: tuple[str, ...]
     heads: tuple[tuple[str, ...], ...]
     judged: xr.Dataset | None
+    title: str = "Worst heads"
 
 
 def judge(record: xr.DataTree, train_length: int | None, answers: xr.Dataset | None) -> Verdict:
@@ -41,7 +42,7 @@ def judge(record: xr.DataTree, train_length: int | None, answers: xr.Dataset | N
     said = [] if answers is None else [_recall(answers, record)]
     if train_length is None:
         missing = f"No verdict: the record does not say at which length the model was trained; {ASK}."
-        return Verdict((missing, *said), *_slowest(record), None)
+        return Verdict((missing, *said), *_slowest(record), None, "Slowest heads")
     judged, span = overload(record, train_length), memory_span(record, train_length)
     sentences = (
         judged.attrs["sentence"],

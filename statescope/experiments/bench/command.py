@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from statescope.experiments.bench import accuracy, families, forward, scans, stream
+from statescope.experiments.bench import accuracy, batch, families, forward, scans, stream
 from statescope.experiments.bench.apart import reason
 from statescope.experiments.bench.settings import Settings
 from statescope.plan import versions
@@ -22,6 +22,7 @@ MODULES: dict[str, Any] = {
     "forward": forward,
     "stream": stream,
     "families": families,
+    "batch": batch,
 }
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from statescope.experiments.bench.subjects import SHAPES, SIGNATURES
 from statescope.models import bundled
 
-PARTS = ("accuracy", "scan", "forward", "stream", "families")
+USUAL = ("accuracy", "scan", "forward", "stream", "families")
+"""Parts that run unless others are named."""
+
+PARTS = (*USUAL, "batch")
 """Parts by name, in the order they run."""
 
 
@@ -32,6 +35,8 @@ class Settings:
         Tokens per entry of ``/steps`` in the streams.
     accuracy, tails, tail : tuple of int, tuple of int, int
         Tokens at which errors are taken; lengths of which only the last ``tail`` tokens are looked at.
+    texts : int
+        Texts of the batch.
     scratch : Path or None
         Where records are written and removed again; None for the system's temporary folder.
     gpu : bool
@@ -50,6 +55,7 @@ class Settings:
     accuracy: tuple[int, ...]
     tails: tuple[int, ...]
     tail: int
+    texts: int
     scratch: Path | None
     gpu: bool
 
@@ -57,13 +63,14 @@ class Settings:
     def of(
         cls,
         gpu: bool,
-        parts: tuple[str, ...] = PARTS,
+        parts: tuple[str, ...] = USUAL,
         shapes: tuple[str, ...] = ("370M",),
         lengths: tuple[int, ...] = (),
         rounds: int | None = None,
         model: str = "",
         forward: int = 0,
         stream: tuple[int, ...] = (),
+        texts: int | None = None,
         scratch: Path | None = None,
     ) -> Settings:
         """Choose what was left open: what a GPU does in minutes, or a CPU.
@@ -82,6 +89,7 @@ class Settings:
                 if name not in known:
                     raise ValueError(f"{argument} names {name!r}; choose from {', '.join(known)}")
         numbers = {"lengths": lengths, "rounds": (rounds,), "forward": (forward,), "stream": stream}
+        numbers["texts"] = (texts,)
         for argument, values in numbers.items():
             if any(n is not None and (n < 0 or (n == 0 and argument != "forward")) for n in values):
                 raise ValueError(f"{argument} holds {values}; expected numbers of 1 or more")
@@ -98,6 +106,7 @@ class Settings:
             accuracy=(1, 63, 64, 65, 1000, *((10_000, 100_000) if gpu else ())),
             tails=(131_072, 1_048_576) if gpu else (16_384,),
             tail=4096 if gpu else 256,
+            texts=texts or (512 if gpu else 64),
             scratch=scratch,
             gpu=gpu,
         )
@@ -123,5 +132,6 @@ class Settings:
             "model": self.model,
             "forward": self.forward,
             "stream": ",".join(map(str, self.stream)),
+            **({"texts": self.texts} if "batch" in self.parts else {}),
         }
         return "statescope bench " + " ".join(f"--{name} {value}" for name, value in given.items())

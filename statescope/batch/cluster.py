@@ -1,0 +1,105 @@
+"""Dask's workers: processes here, one for each GPU, or those of a cluster that runs already."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+QUIET = {
+    "distributed.scheduler.allowed-failures": 0,  # a death is counted here, text by text
+    "distributed.scheduler.worker-saturation": 1.0,  # what waits for a worker does not die with it
+    "distributed.worker.daemon": True,  # no worker outlives its parent
+    "distributed.worker.multiprocessing-method": "forkserver",  # imports are done once, also for a successor
+    "distributed.admin.log-format": "%(name)s - %(levelname)s - %(message)s",
+    "distributed.worker.memory.target": False,  # what a worker holds is its model, which cannot be spilled
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+}
+"""Dask's settings for a cluster of our own."""
+
+IMPORTED = ["distributed", "statescope.batch.work", "transformers.models.mamba2.modeling_mamba2"]
+"""What workers share from the start: with one family's module comes what those of all others import."""
+
+PRELOAD = "import signal, torch; signal.signal(signal.SIGINT, signal.SIG_IGN); torch.set_num_threads({})"
+"""A worker leaves Ctrl-C to its parent, which stops it; its threads are its share of the cores."""
+
+
+@contextmanager
+def workers(scheduler: Any = None, number: int | None = None) -> Iterator[tuple[Any, bool]]:
+    """Yield a client of some workers, and whether they are our own.
+
+    Parameters
+    ----------
+    scheduler : optional
+        Address of a running scheduler, or a Dask cluster or client, such as dask-jobqueue's. Default: a
+        cluster of processes here that ends with this block.
+    number : int, optional
+        Processes here. Default: one for each GPU; without one, one for each two cores.
+
+    Raises
+    ------
+    ValueError, OSError
+        If Dask is not installed, or no scheduler answers; names ``scheduler``.
+    """
+    if find_spec("distributed") is None:
+        raise ValueError("batch needs Dask: pip install 'statescope-ssm[batch]'")
+    import dask
+    from distributed import Client
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    if isinstance(scheduler, Client):
+        yield scheduler, False
+        return
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout="10s", set_as_default=False)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise OSError(f"scheduler={str(scheduler)!r} does not answer: {error}") from error
+        with client:
+            yield client, False
+        return
+    with dask.config.set(QUIET), _here(number) as cluster, Client(cluster, set_as_default=False) as client:
+        yield client, True
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs this process may use, as CUDA_VISIBLE_DEVICES knows them."""
+    import torch
+
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [n.strip() for n in allowed.split(",") if n.strip()] if allowed is not None else None
+    found = torch.cuda.device_count()
+    return [str(i) for i in range(found)] if names is None else names[:found]
+
+
+def _here(number: int | None) -> Any:
+    from distributed import Nanny, Scheduler, SpecCluster
+    from distributed.utils import get_mp_context
+
+    if number is not None and number < 1:
+        raise ValueError(f"workers={number}; expected 1 or more")
+    devices = gpus()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = number or len(devices) or max(1, cores // 2)
+    options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": None}
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // count))
+    get_mp_context().set_forkserver_preload(IMPORTED)
+    specification = {}
+    for i in range(count):
+        variables = {"TRANSFORMERS_VERBOSITY": "error"}
+        if devices:
+            variables["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+        given = {
+            **options,
+            "env": variables,
+            "preload": PRELOAD.format(threads),
+            "silence_logs": logging.CRITICAL,
+        }
+        specification[i] = {"cls": Nanny, "options": given}
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": ":0"}}
+    return SpecCluster(workers=specification, scheduler=scheduler, silence_logs=logging.CRITICAL)

@@ -1,0 +1,273 @@
+"""What a worker does: read texts of similar length together, and put each record in its place.
+
+Texts that fit into one forward pass are padded on the right to one length. A causal model computes nothing of
+a token from those after it, so that padding reaches no number; but matrix products of another size may round
+otherwise. Longer texts are read alone, as :func:`statescope.trace` reads them, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from torch import nn
+from zarr.storage import MemoryStore
+
+from statescope.batch.manifest import Outcome
+from statescope.batch.places import TEXTS, Dumps, drafts, without_secrets
+from statescope.batch.settings import Facts, Settings, Text
+from statescope.caches import longest_pass
+from statescope.live import digest, resolve
+from statescope.memory import MemoryRecord
+from statescope.plan import Plan
+from statescope.store import RecordWriter
+from statescope.tokens import find_tokenizer, to_token_ids
+from statescope.tracing import prepare, run, usual_segment
+from statescope.watch import Probes
+from statescope.zipped import pack
+
+IN_MEMORY = 256 * 2**20
+"""Bytes up to which a record is put together in memory; a larger one in a folder."""
+
+PADDING = 0.2
+"""Part of a pass that may be padding."""
+
+
+@lru_cache(maxsize=1)
+def _loaded(model: str, device: str | None, dtype: str | None) -> tuple[nn.Module, str, str]:
+    live, name = resolve(model, device, dtype)
+    return live, name, digest(live)()
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(name: str | None, model: nn.Module) -> Any:
+    return find_tokenizer(name, model)
+
+
+def look(settings: Settings) -> Facts:
+    """Load the model, and refuse at once what would fail for every text.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`statescope.trace`.
+    """
+    model, name, weights = _loaded(settings.model, settings.device, settings.dtype)
+    positions = [*(settings.snapshots or ()), *(settings.probes or ()), 0]
+    longest = max(max(positions) + 1, -min(positions), 1)
+    _plan(settings, model, name, torch.zeros(1, longest, dtype=torch.int64))
+    if settings.tokenizer is not None:
+        _tokenizer(settings.tokenizer, model)
+    device = next(model.parameters()).device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    usual = min(usual_segment(device), longest_pass(model))
+    return Facts(settings.segment or usual, weights, kind)
+
+
+def work(texts: Sequence[Text], settings: Settings, facts: Facts, dumps: Dumps, label: str) -> list[Outcome]:
+    """Read texts and write their records; what goes wrong with one is that one's outcome.
+
+    Parameters
+    ----------
+    texts : sequence of Text
+        Best of similar length.
+    settings : Settings
+        How to read them.
+    facts : Facts
+        What :func:`look` found, on another worker perhaps.
+    dumps : Dumps
+        Where records go.
+    label : str
+        Name of the run, for its drafts.
+
+    Raises
+    ------
+    ValueError
+        If the model that is loaded here has other weights.
+    """
+    model, name, weights = _loaded(settings.model, settings.device, settings.dtype)
+    if weights != facts.weights:
+        raise ValueError(f"model={settings.model!r} has other weights on this worker than on the first one")
+    outcomes, plans = [], []
+    for text in texts:
+        try:
+            plans.append((text, _plan(settings, model, name, _ids(text, settings, model))))
+        except Exception as error:
+            outcomes.append(_failed(text, error))
+    for group in _groups(plans, 0 if settings.alone else facts.segment):
+        outcomes += _read(group, dumps, label, {"weights": weights, "settings": settings.digest()})
+    return outcomes
+
+
+def _ids(text: Text, settings: Settings, model: nn.Module) -> torch.Tensor:
+    if isinstance(text.content, str):
+        return to_token_ids(text.content, _tokenizer(settings.tokenizer, model), model)
+    return to_token_ids(text.content, None, model)
+
+
+def _plan(settings: Settings, model: nn.Module, name: str, ids: torch.Tensor) -> Plan:
+    s = settings
+    probes = None if s.probes is None else Probes(s.probes, s.reach)
+    return prepare(
+        model, name, ids, layers=s.layers, heads=s.heads, snapshots=s.snapshots, probes=probes,
+        window=s.window, segment=s.segment, backend=s.backend, train_length=s.train_length,
+    )  # fmt: skip
+
+
+def _groups(plans: Sequence[tuple[Text, Plan]], at_most: int) -> Iterator[list[tuple[Text, Plan]]]:
+    """Cut into what one forward pass reads: no more tokens than a segment, and little padding.
+
+    Snapshots and probes must stand at the same tokens of all texts of a pass.
+    """
+    group: list[tuple[Text, Plan]] = []
+    for text, plan in sorted(plans, key=lambda x: (x[1].watch.snapshots, x[1].watch.probes, -_length(x[1]))):
+        if group:
+            first = group[0][1]
+            same = (first.watch.snapshots, first.watch.probes) == (plan.watch.snapshots, plan.watch.probes)
+            longest, several = _length(first), len(group) + 1
+            fits = longest * several <= at_most
+            little = sum(_length(p) for _, p in group) + _length(plan) >= (1 - PADDING) * longest * several
+            if not (same and fits and little):
+                yield group
+                group = []
+        group.append((text, plan))
+    if group:
+        yield group
+
+
+def _length(plan: Plan) -> int:
+    return int(plan.ids.shape[1])
+
+
+def _read(
+    group: Sequence[tuple[Text, Plan]], dumps: Dumps, label: str, about: Mapping[str, str]
+) -> list[Outcome]:
+    """Read a group together; if that fails, one by one, so that a poisoned text fails alone."""
+    began = time.perf_counter()
+    try:
+        with drafts(dumps, label) as folder:
+            if len(group) == 1:
+                text, plan = group[0]
+                store: MemoryStore | Path = (
+                    MemoryStore() if _size(plan) <= IN_MEMORY else folder / "draft.zarr"
+                )
+                loss = _alone(plan, store, _about(text, 1, about))
+                return [_place(text, plan, store, folder, dumps, loss, time.perf_counter() - began, 1)]
+            outcomes = []
+            records = _together([plan for _, plan in group])
+            for (text, plan), arrays in zip(group, records, strict=True):
+                store = MemoryStore()
+                loss = _write(plan, store, arrays, _about(text, len(group), about))
+                seconds = (time.perf_counter() - began) / len(group)
+                outcomes.append(_place(text, plan, store, folder, dumps, loss, seconds, len(group)))
+            return outcomes
+    except OSError as error:
+        return [Outcome(text.id, "unplaced", _reason(error)) for text, _ in group]
+    except Exception as error:
+        if len(group) == 1:
+            return [_failed(group[0][0], error)]
+    return [outcome for one in group for outcome in _read([one], dumps, label, about)]
+
+
+def _size(plan: Plan) -> int:
+    layout, size = plan.layout, 0
+    for group in layout.groups():
+        for variable in layout.variables(group).values():
+            size += 4 * int(np.prod([layout.size(group, d) for d in variable.dims]))
+    return size
+
+
+def _about(text: Text, together: int, more: Mapping[str, str]) -> dict[str, Any]:
+    return {"text_id": text.id, "text_sha256": text.sha256, "texts_together": together, **more}
+
+
+def _alone(plan: Plan, store: MemoryStore | Path, about: Mapping[str, Any]) -> float:
+    """Read as ``trace`` does; return the mean loss."""
+    attributes = {**plan.attributes(), **about}
+    writer = RecordWriter.create(store, plan.layout, attributes, plan.ids.numpy())
+    run(plan, lambda: writer, progress=False, on_disk=True)
+    return _mean(np.asarray(zarr.open_group(store, mode="r")["tokens/loss"]))
+
+
+def _together(plans: Sequence[Plan]) -> Iterator[dict[str, NDArray[Any]]]:
+    """Read texts in one forward pass; take the arrays of each, by ``group/variable``.
+
+    Raises
+    ------
+    FloatingPointError
+        If a value is not finite: read alone, a text's record says where.
+    """
+    lengths = tuple(_length(plan) for plan in plans)
+    longest = max(plans, key=_length)
+    window, ids = longest.watch.window, torch.zeros(len(plans), max(lengths), dtype=torch.int64)
+    for row, plan in zip(ids, plans, strict=True):
+        row[: _length(plan)] = plan.ids[0]
+    joint = replace(longest, ids=ids, segment=-(-max(lengths) // window) * window, lengths=lengths)
+    memory = MemoryRecord(joint.layout, joint.attributes(), ids.numpy())
+    if run(joint, lambda: memory, progress=False)["first_nonfinite"]:
+        raise FloatingPointError("a value is not finite")
+    tree = memory.tree()
+    for i, plan in enumerate(plans):
+        arrays: dict[str, NDArray[Any]] = {}
+        for group in plan.layout.groups():
+            part = tree[group].to_dataset().isel(sequence=slice(i, i + 1))
+            if "token" in part.dims:
+                part = part.isel(token=slice(0, plan.layout.size(group, "token")))
+            arrays |= {f"{group}/{name}": part[name].values for name in part.data_vars}
+        yield arrays
+
+
+def _write(
+    plan: Plan, store: MemoryStore, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]
+) -> float:
+    """Write a record at once; return the mean loss."""
+    attributes = {**plan.attributes(), **about}
+    writer = RecordWriter.create(store, plan.layout, attributes, plan.ids.numpy())
+    for name, values in arrays.items():
+        if name != "tokens/token_id":
+            writer.write(name, values)
+    writer.commit(_length(plan), None, first_nonfinite=None)
+    return _mean(arrays["tokens/loss"])
+
+
+def _mean(loss: NDArray[Any]) -> float:
+    known = loss[np.isfinite(loss)]
+    return float(known.mean(dtype=np.float64)) if known.size else float("nan")
+
+
+def _place(
+    text: Text, plan: Plan, store: MemoryStore | Path, folder: Path, dumps: Dumps, loss: float,
+    seconds: float, together: int,
+) -> Outcome:  # fmt: skip
+    file = folder / "record.zip"
+    try:
+        size = pack(store, file)
+        dumps.put(file, f"{TEXTS}/{text.place}")
+    except Exception as error:  # of whatever kind a file system's are
+        return Outcome(text.id, "unplaced", _reason(error))
+    known = None if np.isnan(loss) else loss
+    return Outcome(text.id, "done", None, _length(plan), known, seconds, size, together, _memory())
+
+
+def _failed(text: Text, error: Exception) -> Outcome:
+    return Outcome(text.id, "failed", _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    said = lines[0] if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {lines[0]}"
+    return without_secrets(said[:500] or type(error).__name__)
+
+
+def _memory() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
