@@ -106,7 +106,7 @@ def during(dumps: Path, records: int, act: Callable[[], None]) -> threading.Thre
     """Do something as soon as so many records are there."""
 
     def wait() -> None:
-        while len(list(dumps.rglob("*.zarr.zip"))) < records:
+        while len(list(dumps.glob("texts/*/*.zarr.zip"))) < records:
             time.sleep(0.01)
         act()
 

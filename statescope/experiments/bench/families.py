@@ -71,12 +71,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attn_layer_period": 4, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1,
         "mamba_d_state": 16, "mamba_expand": 2, "mamba_dt_rank": 16,
     },
+    "zamba": {
+        "attention_head_dim": 128, "num_key_value_heads": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "n_mamba_heads": 2, "mamba_d_state": 16, "mamba_expand": 2, "mamba_dt_rank": 16,
+    },
     "qwen3_next": {**_DELTA, **_EXPERTS},
     "qwen3_5_text": _DELTA,
     "qwen3_5_moe_text": {**_DELTA, **_EXPERTS},
     "olmo_hybrid": {**_DELTA, "linear_num_key_heads": 4},
     "kimi_linear": {**_LATENT, "linear_num_heads": 4, "linear_head_dim": 64},
     "bailing_hybrid": {**_LATENT, "num_mtp_layers": 0, "kda_lower_bound": -0.2},
+    "rwkv": {"attention_hidden_size": 256, "context_length": 131072},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention", "recurrent", "recurrent"]},
+    "minimax": {
+        "layer_types": _KINDS, "block_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1,
+    },
+    "xlstm": {"num_heads": 4, "chunk_size": 64},
 }  # fmt: skip
 """Settings by model type, on top of 4 layers of 256; every hybrid has an attention layer."""
 
