@@ -72,6 +72,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16, "mamba_expand": 2, "mamba_dt_rank": 16,
     },
     "zamba": {
+        "num_hidden_layers": 5,  # two attention layers, which share their weights
         "attention_head_dim": 128, "num_key_value_heads": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
         "n_mamba_heads": 2, "mamba_d_state": 16, "mamba_expand": 2, "mamba_dt_rank": 16,
     },
