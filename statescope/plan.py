@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from statescope.anatomy import Anatomy
 from statescope.layout import Layout, shard_tokens
 from statescope.live import digest, settings_of
-from statescope.reader import Anatomy, Edit
+from statescope.reader import Edit
 from statescope.schema import SCHEMA_VERSION
 from statescope.watch import Watch
 

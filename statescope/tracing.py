@@ -13,12 +13,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from statescope import caches, record
+from statescope.anatomy import survey
 from statescope.capture import mixers
 from statescope.carry import AHEAD, Carry
 from statescope.live import resolve
 from statescope.memory import MemoryRecord
 from statescope.plan import Plan
-from statescope.reader import Edit, Reader, survey
+from statescope.reader import Edit, Reader
 from statescope.recorder import Recorder, Writer
 from statescope.scan import BACKENDS
 from statescope.store import RecordWriter, StoreLike, as_place, claim

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import statescope
-from statescope import layout, reader, tracing
+from statescope import anatomy, layout, tracing
 from statescope.reader import Reader
 
 MODEL = "mamba2-byte-n16-t512"
@@ -89,7 +89,7 @@ def main() -> None:
     """Serve until the input ends."""
     torch.set_num_threads(1)  # a child has no threads but its own
     model = statescope.load(MODEL, device="cpu")
-    reader.survey(model, torch.from_numpy(TEXT[None, :1]), "auto")  # imports what a trace imports
+    anatomy.survey(model, torch.from_numpy(TEXT[None, :1]), "auto")  # imports what a trace imports
     assert tracing.trace is statescope.trace
     print("ready", flush=True)
     while line := sys.stdin.readline():

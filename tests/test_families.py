@@ -25,13 +25,14 @@ from torch import nn
 
 import statescope
 from statescope.adapters import ADAPTERS
+from statescope.anatomy import survey
 from statescope.caches import StateTensors
 from statescope.caches import keyword as cache_keyword
 from statescope.capture import capture, mixers
 from statescope.carry import Carry
 from statescope.joined import OWN
 from statescope.kernels import reference
-from statescope.reader import Reader, survey
+from statescope.reader import Reader
 from statescope.watch import Watch
 
 TOKENS = 70

@@ -23,9 +23,10 @@ from zarr.storage import MemoryStore
 
 import statescope
 from statescope import layout, recorder
+from statescope.anatomy import survey
 from statescope.capture import mixers
 from statescope.carry import AHEAD, Carry
-from statescope.reader import Reader, survey
+from statescope.reader import Reader
 from statescope.store import RecordWriter
 from statescope.watch import Watch
 
