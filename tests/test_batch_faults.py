@@ -71,7 +71,7 @@ def cluster() -> Iterator[Any]:
 
     with workers(None, 2) as (client, own):
         assert own
-        client.register_plugin(Plugin("poison!", 0.02))
+        client.register_plugin(Plugin("poison!", 0.1))
         yield client
 
 
@@ -244,7 +244,7 @@ def ended(process: psutil.Process) -> bool:
 
 def test_interrupted_command(cluster: Any, tmp_path: Path) -> None:
     """Ctrl-C, which all processes of a terminal get, leaves none of them, and says how to go on."""
-    rows = texts(LENGTHS * 2)
+    rows = texts(LENGTHS * 4)
     source, dumps = write(tmp_path / "in.jsonl", rows), tmp_path / "dumps"
     command = [sys.executable, "-m", "statescope.cli", "batch", str(source), "-m", MODEL, "-o", str(dumps)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -393,7 +393,7 @@ def test_object_store(s3: S3, tmp_path: Path) -> None:
         return batch(source, "s3://bucket/run", SMALL, scheduler=client, say=said.append)
 
     with LocalCluster(**options) as local, Client(local, set_as_default=False) as client:
-        stopper = during(s3.folder, 1, s3.stop)
+        stopper = during(s3.folder / "bucket" / "run", 1, s3.stop)
         Poison("poison!", 0.2).setup(None)
         found = run()
         stopper.join()
