@@ -211,6 +211,22 @@ def test_killed_scheduler_stops_the_run(
     agrees(dumps, rows)
 
 
+@pytest.mark.parametrize("kind", ["closed", "cancelled"])
+def test_scheduler_that_dies_while_it_hands_over_a_result(kind: str) -> None:
+    """That is no fault of the text's, and ends the run as at any other time."""
+    from distributed import CancelledError
+    from distributed.comm import CommClosedError
+
+    class Lost:
+        status = "finished"
+
+        def result(self) -> Any:
+            raise CommClosedError("reset by peer") if kind == "closed" else CancelledError("lost")
+
+    with pytest.raises(engine.Stopped, match="the scheduler is gone"):
+        engine._fetched(Lost())
+
+
 def parent(source: Path, dumps: Path, address: str) -> None:
     """Be a run on workers that are there."""
     batch(source, dumps, SMALL, scheduler=address)

@@ -90,7 +90,7 @@ class Engine:
             while not future.done():
                 self._wait([future])
             if not _died(future):
-                facts: Facts = future.result()
+                facts: Facts = _fetched(future)
                 return facts
         raise Stopped("a worker died three times while it loaded the model (out of memory?)")
 
@@ -153,7 +153,7 @@ class Engine:
 
     def _take_back(self, future: Any, piece: list[Waiting]) -> list[Outcome]:
         if future.status == "finished":
-            outcomes: list[Outcome] = future.result()
+            outcomes: list[Outcome] = _fetched(future)
             self._manifest.record(outcomes)
             self._notice_unplaced(outcomes)
             return outcomes
@@ -192,6 +192,17 @@ def pieces(texts: Iterable[Waiting], size: int) -> Iterator[list[Waiting]]:
         piece.append(text)
     if piece:
         yield piece
+
+
+def _fetched(future: Any) -> Any:
+    """Fetch what a finished piece of work yielded; it lies with a worker, and the scheduler asks for it."""
+    from distributed import CancelledError
+    from distributed.comm import CommClosedError
+
+    try:
+        return future.result()
+    except (CommClosedError, CancelledError) as error:
+        raise Stopped("the scheduler is gone") from error
 
 
 def _died(future: Any) -> bool:
