@@ -215,7 +215,7 @@ def test_killed_scheduler_stops_the_run(
 def test_scheduler_that_dies_while_it_hands_over_a_result(kind: str) -> None:
     """That is no fault of the text's, and ends the run as at any other time."""
     from distributed import CancelledError
-    from distributed.comm import CommClosedError
+    from distributed.comm.core import CommClosedError
 
     class Lost:
         status = "finished"

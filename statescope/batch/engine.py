@@ -197,7 +197,7 @@ def pieces(texts: Iterable[Waiting], size: int) -> Iterator[list[Waiting]]:
 def _fetched(future: Any) -> Any:
     """Fetch what a finished piece of work yielded; it lies with a worker, and the scheduler asks for it."""
     from distributed import CancelledError
-    from distributed.comm import CommClosedError
+    from distributed.comm.core import CommClosedError
 
     try:
         return future.result()
