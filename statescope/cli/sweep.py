@@ -69,8 +69,7 @@ def sweep(
             base_config(first | given, devices), sizes, spans, range(seeds), budgets, shares, together
         )
         asked = tuple(integers("passkeys", passkeys or None) or ())
-        read = {"beyond": beyond, "rows": evaluated, "traced": traced}
-        effort = Effort(**read, fuse=fuse, passkeys=asked, trials=trials)
+        effort = Effort(beyond, evaluated, fuse=fuse, traced=traced, passkeys=asked, trials=trials)
         places = devices.split(",") if devices else None
         table = run(grid, output, effort=effort, devices=places, workers=workers, finished=_say)
         typer.echo(f"\ntable: {table}")

@@ -12,6 +12,7 @@ import pytest
 import xarray as xr
 
 from statescope.analyses.findings import findings
+from statescope.analyses.growth import crossings, falling, loss_growth, trend
 from statescope.analyses.laws import LAWS, fit_laws
 from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
 from statescope.analyses.predictors import predictors, rank_correlation
@@ -21,6 +22,7 @@ from statescope.analyses.thresholds import (
     context_lengths,
     learned_to_forget,
     passkey_lengths,
+    passkey_shares,
     recall_lengths,
     thresholds,
 )
@@ -258,3 +260,61 @@ def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [2, 5, 10]
     with pytest.raises(ValueError, match=r"\[4, 8, 16\]"):
         mechanism_figure(table, far=256)
+
+
+def grown(size: int, length: int, seed: int, growth: float) -> dict[str, Any]:
+    """A run whose loss is larger beyond by a factor; longer lags are asked more often there, at more loss."""
+    content = row(size, length, seed, forgets=True)
+    by_lag = np.array([0.1, 0.3, 0.5, 0.7])
+    for part, factor, often in (("inside", 1.0, [9, 1, 1, 1]), ("beyond", growth, [2, 5, 5, 5])):
+        asked = (np.array(content[part]["asked"]) > 0) * 100 * np.array(often)
+        loss = asked * by_lag * factor
+        if part == "inside":  # the first half of the window says nothing
+            loss[np.array(POSITIONS) < length / 2] *= 0.01
+        content[part] |= {"asked": asked.tolist(), "loss": loss.tolist()}
+    return content
+
+
+def test_the_loss_grows_and_the_growth_crosses_a_level() -> None:
+    """G = (8 N / T)^2: it is 2 at T = 8 N / sqrt(2), and at two seeds 1.1 times and 1 / 1.1 times that."""
+
+    def expected(size: int, length: int) -> float:
+        return (8 * size / length) ** 2
+
+    runs = [(n, t, s) for n in (4, 8, 16) for t in (16, 32, 64, 128) for s in range(2)]
+    table = tabulate([grown(n, t, s, expected(n, t) * 1.1 ** (2 - 4 * s)) for n, t, s in runs])
+    growth = loss_growth(table, far=256, recent=64)
+    resolved = table["train_length"] >= 32  # below, half the window has no bin of its own
+    assert growth[~resolved].isnull().all() and resolved.sum() == 18
+    of_run = expected(table["state_size"], table["train_length"]) * 1.1 ** (2 - 4 * table["seed"])
+    np.testing.assert_allclose(growth[resolved], of_run[resolved])
+    found = crossings(growth, "state_size")
+    np.testing.assert_allclose(found["threshold"][1:], 8 * np.array([8, 16]) / np.sqrt(2))
+    assert float(found["threshold"][0]) == 0  # already below 2 at 32
+    assert (found["low"] <= found["threshold"]).all() and (found["high"] >= found["threshold"]).all()
+    np.testing.assert_allclose(found["high"][2] / found["low"][2], 1.1**2)
+    assert np.isinf(crossings(growth, "state_size", level=1e-3)["threshold"]).all()
+    rising = trend(growth)
+    assert rising["correlation"] > 0.8 and rising["p"] < 0.01 and rising["runs"] == 18
+    assert np.isnan(trend(growth * 0)["p"])
+    with pytest.raises(ValueError, match="far=4096"):
+        loss_growth(table, far=4096)
+
+
+def test_falling_is_the_nearest_that_never_rises() -> None:
+    assert falling(np.array([3.0, 1.0, 2.0, 0.0])).tolist() == [3.0, 1.5, 1.5, 0.0]
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=12)
+    near = falling(values)
+    assert (np.diff(near) <= 1e-12).all() and near.mean() == pytest.approx(values.mean())
+    for _ in range(200):
+        other = np.sort(near + rng.normal(size=12) * 0.3)[::-1]
+        assert ((near - values) ** 2).sum() <= ((other - values) ** 2).sum()
+
+
+def test_passkeys_inside_and_beyond(table: xr.Dataset) -> None:
+    shares = passkey_shares(table)
+    at_128 = (table["train_length"] == 128).values
+    assert (shares["inside"][at_128] == 1).all() and shares["inside"][~at_128].isnull().all()
+    forgets = learned_to_forget(table, far=256) == 1
+    np.testing.assert_allclose(shares["beyond"][at_128], np.where(forgets[at_128], 1, 0.6))
