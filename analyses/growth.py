@@ -159,7 +159,7 @@ def trend(outcome: xr.DataArray, size: str = "state_size", within: str = "train_
     """
     known = outcome.isel(run=outcome.notnull().values)
     groups = [known.isel(run=(known[within] == length).values) for length in np.unique(known[within].values)]
-    pairs = [(g[size].values.astype(float), g.values.astype(float)) for g in groups if g.sizes["run"] > 2]
+    pairs = [(g[size].values.astype(float), g.values.astype(float)) for g in groups if g.sizes["run"] > 1]
     pairs = [(x, y) for x, y in pairs if np.ptp(x) > 0 and np.ptp(y) > 0]
     total = sum(len(x) for x, _ in pairs)
     if not pairs:
