@@ -219,8 +219,12 @@ def test_findings_are_plain_and_complete(table: xr.Dataset) -> None:
     assert found["predictors"]["coords"]["predictor"]["data"][0].startswith("retention")
 
 
-def test_the_grid_that_was_run() -> None:
-    """The table in the repository: whole, and each row says how it was made."""
+MADE = {"device", "torch", "date", "command", "statescope"}
+"""What every row of a table in the repository says of how it was made."""
+
+
+def test_the_grids_that_were_run() -> None:
+    """The tables in the repository: whole, each row says how it was made, and the findings are theirs."""
     results = Path(__file__).parents[2] / "notebooks" / "results"
     rows, _ = read_lines(results / "h200-lab-table.jsonl.xz")
     runs = tabulate(rows)
@@ -228,23 +232,45 @@ def test_the_grid_that_was_run() -> None:
         zip(*(runs[n].values.tolist() for n in ("state_size", "train_length", "seed", "steps")), strict=True)
     )
     assert runs.sizes["run"] == 432 and len(cells) == 6 * 6 * 3 * 2
-    assert all({"device", "torch", "date", "command", "statescope"} <= set(r["made"]) for r in rows)
+    assert all(set(r["made"]) >= MADE for r in rows)
     assert runs["inside_retention"].notnull().all() and recall(runs)["far"].notnull().all()
     said = json.loads((results / "h200-lab.json").read_text())
-    assert sum(found["runs"] for found in said) == 432
+    assert sum(found["runs"] for found in said) == 432 + 108
     first = next(found for found in said if (found["steps"], found["uniform"]) == (750, 0.0))
     judged = runs.isel(run=((runs["steps"] == 750) & (runs["uniform"] == 0)).values)
     again = thresholds(learned_to_forget(judged), size="entries")
     assert first["forget"]["points"]["data_vars"]["runs"]["data"] == again["runs"].values.tolist()
+    others = {
+        "h200-lab-small-batch": 108,
+        "h200-lab-pilot": 399,
+        "h200-lab-text": 16,
+        "cpu-lab-mechanism": 54,
+    }
+    for name, size in others.items():
+        rows, _ = read_lines(results / f"{name}.jsonl.xz")
+        assert len(rows) == size and all(set(r["made"]) >= MADE for r in rows)
+    small = tabulate(read_lines(results / "h200-lab-small-batch.jsonl.xz")[0])
+    again = crossings(loss_growth(small), size="entries")
+    third = next(found for found in said if found["steps"] == 1000)["growth"]["points"]["data_vars"]
+    np.testing.assert_allclose(third["growth"]["data"], again["growth"], rtol=1e-3)
 
 
 def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     pytest.importorskip("seaborn")
-    from statescope.analyses.plots import mechanism_figure, position_figure, threshold_figure
+    from statescope.analyses.plots import (
+        growth_figure,
+        mechanism_figure,
+        passkey_length_figure,
+        position_figure,
+        threshold_figure,
+    )
 
     figure = position_figure(table)
     assert [ax.get_title() for ax in figure.axes] == ["N = 4", "N = 8", "N = 16"]
     assert len(figure.axes[0].collections) == 4 and figure.legends
+    left, middle, _ = growth_figure(table, far=256).axes
+    assert len(left.lines) == 4 and middle.get_title() == "loss grows 2-fold"
+    assert [ax.get_title() for ax in passkey_length_figure(table).axes][-1] == "longest prompt"
     figure = threshold_figure(table, far=256)
     left, right = figure.axes
     assert 8 <= left.get_ylim()[0] < 16 and 128 < left.get_ylim()[1] <= 256
