@@ -186,8 +186,8 @@ def unpack(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take a cache apart: its tensors by path, and by layer all else as JSON can hold it."""
     tensors: dict[str, Tensor] = {}
     if isinstance(cache, InferenceCache):
-        for depth, (last_inputs, state) in cache.key_value_memory_dict.items():
-            tensors |= {f"{depth}/inputs": last_inputs, f"{depth}/state": state}
+        for depth, kept in cache.key_value_memory_dict.items():
+            tensors |= {f"{depth}/{i}": x for i, x in enumerate(kept)}
         return tensors, {}
     if isinstance(cache, StateTensors):
         return dict(cache.tensors), {}
@@ -228,8 +228,9 @@ def _put_together(value: Any, tensors: dict[str, Tensor], device: torch.device) 
 def restore(cache: Cache, tensors: dict[str, Tensor], plain: dict[str, Any], device: torch.device) -> None:
     """Fill a fresh cache with what :func:`unpack` gave; the tensors are on the device already."""
     if isinstance(cache, InferenceCache):
-        for depth in {int(path.split("/")[0]) for path in tensors}:
-            cache.key_value_memory_dict[depth] = (tensors[f"{depth}/inputs"], tensors[f"{depth}/state"])
+        for path in sorted(tensors, key=lambda path: [int(part) for part in path.split("/")]):
+            depth, kept = int(path.split("/")[0]), cache.key_value_memory_dict
+            kept[depth] = (*kept.get(depth, ()), tensors[path])
         return
     if isinstance(cache, StateTensors):
         cache.tensors = dict(tensors)

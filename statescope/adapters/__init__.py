@@ -18,6 +18,7 @@ from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
 from statescope.adapters.lightning import LIGHTNING
 from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_SCAN_FN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
+from statescope.adapters.mamba3 import MIMO, SISO
 from statescope.adapters.mlstm import MLSTM
 from statescope.adapters.retention import (
     CHUNK_RETENTION,
@@ -37,6 +38,8 @@ _ALL = (
     SELECTIVE_SCAN,
     SELECTIVE_UPDATE,
     SELECTIVE_SCAN_FN,
+    SISO,
+    MIMO,
     CHUNK_RULE,
     RECURRENT_RULE,
     CHUNK_KDA,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
@@ -60,6 +60,9 @@ class Adapter:
         the object whose method it is before the arguments.
     parts : str
         The layer's attribute that says in how many calls it scans its heads, where it may be several.
+    told : callable
+        What tells the function of the states from before that :class:`statescope.inference.InferenceCache`
+        kept of a mixer of mamba_ssm: keyword arguments, made of these states.
     note : str
         What a user should know of these models: what is repaired, what is refused.
     """
@@ -72,6 +75,7 @@ class Adapter:
     forgets: bool = False
     owner: str = ""
     parts: str = ""
+    told: Callable[[tuple[Tensor, ...]], dict[str, Any]] = lambda kept: {"initial_states": kept[1]}
     note: str = ""
 
     @property
