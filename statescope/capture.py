@@ -203,10 +203,14 @@ def _intercepting(adapter: Adapter, holder: Any, own: Callable[..., Any]) -> Cal
             run, mirror_dtype = own.__wrapped__, True  # type: ignore[attr-defined]
         untold = {"entering": _kept_state(current)} if adapter.forgets else {}
         call = adapter.read(mirror_dtype, *before, *args, **untold, **kwargs)
-        complete = call.complete or (lambda result: result)
+
+        def run_own() -> Any:
+            result = call.own(run) if call.own else run(*args, **kwargs)
+            return call.complete(result) if call.complete else result
+
         if parts is not None:
-            return parts.take(call, lambda: complete(run(*args, **kwargs)))
-        return current.handler(current.layer, call, lambda: complete(run(*args, **kwargs)))
+            return parts.take(call, run_own)
+        return current.handler(current.layer, call, run_own)
 
     return intercepted
 

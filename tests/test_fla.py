@@ -135,6 +135,96 @@ def test_rwkv7(name: str) -> None:
     close(last, state)
 
 
+class LayerOfMamba2(nn.Module):
+    """What is read of fla's layer."""
+
+    def __init__(self, groups: int, norm: bool, of_channels: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.ssm_state_size, self.n_groups = 4, VALUE, KEY, groups
+        self.intermediate_size, self.conv_kernel_size, self.chunk_size = 4 * VALUE, 4, 16
+        self.conv_dim = self.intermediate_size + 2 * groups * KEY
+        self.rmsnorm, self.D_has_hdim, self.dt_limit, self.act = norm, of_channels, (0.0, 0.9), nn.SiLU()
+        self.in_proj = nn.Linear(8, self.intermediate_size + self.conv_dim + 4, bias=False)
+        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, 4, groups=self.conv_dim, padding=3)
+        self.A_log, self.dt_bias = (
+            nn.Parameter(torch.linspace(0, 2, 4)),
+            nn.Parameter(torch.linspace(-3, 0, 4)),
+        )
+        self.D = nn.Parameter(torch.rand(4 * VALUE if of_channels else 4))
+        self.out_proj = nn.Linear(self.intermediate_size, 8, bias=False)
+
+    def norm(self, y: Tensor, gate: Tensor) -> Tensor:
+        return normalize(y * self.act(gate), dim=-1)
+
+
+def loop_of_mamba2(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, last inputs of the convolution and state of fla's layer, token by token from the start."""
+    gate, inputs, dt = layer.in_proj(x).split([4 * VALUE, layer.conv_dim, 4], -1)
+    state, rows = torch.zeros(len(x), 4, VALUE, KEY, dtype=x.dtype), []
+    window = torch.zeros(len(x), layer.conv_dim, 4, dtype=x.dtype)
+    for t in range(x.shape[1]):
+        window = torch.cat([window[..., 1:], inputs[:, t, :, None]], -1)
+        mixed = layer.act((window * layer.conv1d.weight[:, 0]).sum(-1) + layer.conv1d.bias)
+        v, B, C = mixed.split([4 * VALUE, layer.n_groups * KEY, layer.n_groups * KEY], -1)
+        v = v.unflatten(-1, (4, VALUE))
+        B, C = (y.unflatten(-1, (-1, KEY)).repeat_interleave(4 // layer.n_groups, 1) for y in (B, C))
+        step = softplus(dt[:, t] + layer.dt_bias).clamp(*layer.dt_limit)
+        kept = (-step * layer.A_log.exp()).exp()[..., None, None]
+        state = kept * state + outer(step[..., None] * v, B)
+        skip = layer.D.unflatten(0, (4, -1)) * v
+        y = ((state * C[:, :, None]).sum(-1) + skip).flatten(1)
+        rows.append(layer.norm(y, gate[:, t]) if layer.rmsnorm else y * layer.act(gate[:, t]))
+    return layer.out_proj(torch.stack(rows, 1)), window, state
+
+
+@pytest.mark.parametrize("method", ["torch_forward", "cuda_kernels_forward"])
+@pytest.mark.parametrize(("groups", "norm", "of_channels"), [(1, True, False), (4, False, True)])
+def test_layer_of_mamba2(method: str, groups: int, norm: bool, of_channels: bool) -> None:
+    """From the start and going on; several tokens reach the layer's own method one by one."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer, x = LayerOfMamba2(groups, norm, of_channels), torch.randn(2, TIME, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    adapter = ADAPTERS[f"fla.layers.mamba2.Mamba2.{method}"]
+    with torch.no_grad():
+        y, window, state = loop_of_mamba2(layer, x)
+        last: Any = None
+        for part, expected in zip(x.split([6, 3], 1), y.split([6, 3], 1), strict=True):
+            call = adapter.read(True, layer, part, last, True, None)
+            assert call.recurrence.structure == adapter.structure
+            found, *kept = call.answer(reference.scan(call.recurrence))
+            close(found, expected)
+            before, last = last, dict(zip(("conv_state", "recurrent_state"), kept, strict=True))
+        close(last["conv_state"], window)
+        close(last["recurrent_state"], state)
+        given: list[Any] = []
+
+        def own(token: Tensor, entering: Any, use_cache: bool, mask: Any) -> Any:
+            given.append((token, entering))
+            single = adapter.read(True, layer, token, entering, use_cache, mask)
+            assert single.own is None
+            return single.answer(reference.scan(single.recurrence))
+
+        for found, expected in zip(call.own(own), (y[:, 6:], window, state), strict=True):
+            close(found, expected)
+        assert [token.shape[1] for token, _ in given] == [1, 1, 1] and given[0][1] is before
+
+
+def test_layer_of_mamba2_refuses() -> None:
+    """A mask; and groups that fla's torch code takes for one head here and for another there."""
+    read_torch, read_kernels = (
+        ADAPTERS[f"fla.layers.mamba2.Mamba2.{name}"].read
+        for name in ("torch_forward", "cuda_kernels_forward")
+    )
+    layer, x = LayerOfMamba2(2, True, False), torch.randn(1, 3, 8)
+    with pytest.raises(ValueError, match=r"n_groups=2.*GPU with mamba_ssm"):
+        read_torch(True, layer, x)
+    assert read_kernels(True, layer, x).recurrence.groups == 2
+    with pytest.raises(ValueError, match="attention_mask"):
+        read_kernels(True, layer, x, attention_mask=torch.ones(1, 3))
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "GLA": {"num_heads": 2, "expand_k": 0.5, "expand_v": 1},
     "HGRN2": {"num_heads": None, "expand_ratio": 16},
@@ -142,6 +232,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "DeltaNet": {"num_heads": 2},
     "GatedDeltaNet": {"num_heads": 2, "head_dim": 16, "expand_v": 1},
     "RWKV6": {"num_heads": 2, "proj_low_rank_dim": 8, "gate_low_rank_dim": 8},
+    "Mamba2": {"head_dim": 16, "state_size": 8, "num_heads": 4, "chunk_size": 16},
     "RWKV7": {"head_dim": 16, **{f"{x}_low_rank_dim": 8 for x in ("decay", "gate", "a", "v")}},
 }
 TEXT = ids(24, sequences=2)

@@ -18,6 +18,7 @@ from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
 from statescope.adapters.lightning import LIGHTNING
 from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_SCAN_FN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
+from statescope.adapters.mamba2_of_fla import IN_KERNELS, IN_TORCH
 from statescope.adapters.mamba3 import MIMO, SISO
 from statescope.adapters.mlstm import MLSTM
 from statescope.adapters.retention import (
@@ -62,6 +63,8 @@ _ALL = (
     RECURRENT_RWKV6,
     CHUNK_RWKV7,
     RECURRENT_RWKV7,
+    IN_TORCH,
+    IN_KERNELS,
 )
 
 ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for adapter in _ALL}
