@@ -166,6 +166,46 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "kimi_linear": {**_LATENT, "linear_num_heads": 4, "linear_head_dim": 16},
     "bailing_hybrid": {**_LATENT, "head_dim": 16, "num_mtp_layers": 0, "kda_lower_bound": -0.2},
     "olmo_hybrid": {**_ATTENTION, **_DELTA, "linear_num_key_heads": 4},
+    "qwen4_exp_text": {
+        **_ATTENTION,
+        **_DELTA,
+        **_EXPERTS,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "ple_layer_ids": [3],
+        "ngram_vocab_size_base": 97,
+        "heads_per_ngram": 2,
+        "split_ngram_parts": 1,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "glm5_next": {
+        "text_config": {
+            **_COMMON,
+            **_LATENT,
+            "linear_num_heads": 4,
+            "linear_head_dim": 16,
+            "qk_rope_head_dim": 0,
+            "q_lora_rank": 16,
+            "index_topk": 128,  # beyond it, transformers chooses by the length of what it reads
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+            "index_kpool": 4,
+            "hc_mult": 2,
+            "linear_lower_bound": -0.2,
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "intermediate_size": 16,
+            "out_hidden_size": 32,
+            "projection_intermediate_size": 16,
+        },
+    },
     "rwkv": {"hidden_size": 128, "attention_hidden_size": 128, "num_hidden_layers": 3, "context_length": 512},
     "recurrent_gemma": {
         "hidden_size": 128,
@@ -207,6 +247,8 @@ RECURRENT_LAYERS = {
     "kimi_linear": [0, 2, 3],
     "bailing_hybrid": [0, 2, 3],
     "olmo_hybrid": [0, 2, 3],
+    "qwen4_exp_text": [0, 2, 3],
+    "glm5_next": [0, 2, 3],
     "rwkv": [0, 1, 2],
     "recurrent_gemma": [0, 2, 3],
     "minimax": [0, 2, 3],
@@ -221,6 +263,8 @@ DELTA_RULE = (
     "olmo_hybrid",
     "kimi_linear",
     "bailing_hybrid",
+    "qwen4_exp_text",
+    "glm5_next",
 )
 """Families that erase."""
 
@@ -246,10 +290,12 @@ def config(family: str, **changes: Any) -> Any:
 
 def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     """Build a tiny model with random weights and states that matter."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family, **changes)).eval()
+    settings = config(family, **changes)
+    kind = AutoModelForImageTextToText if hasattr(settings, "text_config") else AutoModelForCausalLM
+    model = kind.from_config(settings).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:

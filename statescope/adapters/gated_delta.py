@@ -22,7 +22,7 @@ from statescope.adapters.interface import Adapter, Call, refuse_packed
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
 
-MODELS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
+MODELS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "qwen4_exp_text")
 
 L2_EPSILON = 1e-6
 """Added to the squared norm of queries and keys, by transformers and fla alike."""
