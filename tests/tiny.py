@@ -42,6 +42,7 @@ _DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 16,
 }
+_SHORT = {"num_hidden_layers": 3, "layer_types": _DELTA["layer_types"][:3]}
 _LATENT = {
     "layer_types": _DELTA["layer_types"],
     "num_hidden_layers": 4,
@@ -170,6 +171,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_ATTENTION,
         **_DELTA,
         **_EXPERTS,
+        **_SHORT,
         "hc_count": 2,
         "hc_lowrank": 8,
         "ple_layer_ids": [3],
@@ -186,6 +188,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": {
             **_COMMON,
             **_LATENT,
+            **_SHORT,
             "linear_num_heads": 4,
             "linear_head_dim": 16,
             "qk_rope_head_dim": 0,
@@ -196,6 +199,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "index_kpool": 4,
             "hc_mult": 2,
             "linear_lower_bound": -0.2,
+            "hc_sinkhorn_iters": 2,
         },
         "vision_config": {
             "depth": 1,
@@ -247,8 +251,8 @@ RECURRENT_LAYERS = {
     "kimi_linear": [0, 2, 3],
     "bailing_hybrid": [0, 2, 3],
     "olmo_hybrid": [0, 2, 3],
-    "qwen4_exp_text": [0, 2, 3],
-    "glm5_next": [0, 2, 3],
+    "qwen4_exp_text": [0, 2],
+    "glm5_next": [0, 2],
     "rwkv": [0, 1, 2],
     "recurrent_gemma": [0, 2, 3],
     "minimax": [0, 2, 3],
