@@ -111,6 +111,23 @@ def test_gated_delta_rule(name: str, negative: bool) -> None:
     close(last, state)
 
 
+@pytest.mark.parametrize("bound", [None, -5.0])
+@pytest.mark.parametrize("name", ["chunk_kda", "fused_recurrent_kda"])
+def test_kda(name: str, bound: float | None) -> None:
+    q, k, v, g, beta = draw(KEY), draw(KEY), draw(VALUE), draw(KEY), draw()
+    gate = {"A_log": torch.randn(HEADS), "dt_bias": torch.randn(HEADS * KEY), "lower_bound": bound}
+    flags = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "use_qk_l2norm_in_kernel": True}
+    y, last, state = run(name, transposed=True, q=q, k=k, v=v, g=g, beta=beta, **gate, **flags)
+    q, k, beta = normalize(q, dim=-1), normalize(k, dim=-1), beta.sigmoid()
+    rate, g = gate["A_log"].double().exp()[:, None], g + gate["dt_bias"].double().view(HEADS, KEY)
+    g = -rate * softplus(g) if bound is None else bound * (rate * g).sigmoid()
+    for t in range(TIME):
+        state = g[:, t].exp()[..., None] * state
+        state = state + outer(k[:, t], beta[:, t, :, None] * (v[:, t] - read(state, k[:, t])))
+        close(y[:, t], read(state, q[:, t]) * KEY**-0.5)
+    close(last, state)
+
+
 @pytest.mark.parametrize("name", ["chunk_rwkv6", "fused_recurrent_rwkv6"])
 def test_rwkv6(name: str) -> None:
     r, k, v, w, u = draw(KEY), draw(KEY), draw(VALUE), -draw(KEY).exp(), torch.randn(HEADS, KEY).double()
@@ -231,6 +248,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "RetNet": {"num_heads": 2, "expand_v": 2},
     "DeltaNet": {"num_heads": 2},
     "GatedDeltaNet": {"num_heads": 2, "head_dim": 16, "expand_v": 1},
+    "KDA": {"num_heads": 2, "head_dim": 16, "expand_v": 1},
     "RWKV6": {"num_heads": 2, "proj_low_rank_dim": 8, "gate_low_rank_dim": 8},
     "Mamba2": {"head_dim": 16, "state_size": 8, "num_heads": 4, "chunk_size": 16},
     "RWKV7": {"head_dim": 16, **{f"{x}_low_rank_dim": 8 for x in ("decay", "gate", "a", "v")}},

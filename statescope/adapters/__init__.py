@@ -7,9 +7,11 @@ architecture is supported as soon as its modeling module calls a function of a k
 from statescope.adapters.gated_delta import (
     CHUNK_DELTA,
     CHUNK_GATED,
+    CHUNK_KDA_OF_FLA,
     CHUNK_RULE,
     RECURRENT_DELTA,
     RECURRENT_GATED,
+    RECURRENT_KDA_OF_FLA,
     RECURRENT_RULE,
 )
 from statescope.adapters.gla import CHUNK_GLA, RECURRENT_GLA
@@ -59,6 +61,8 @@ _ALL = (
     RECURRENT_DELTA,
     CHUNK_GATED,
     RECURRENT_GATED,
+    CHUNK_KDA_OF_FLA,
+    RECURRENT_KDA_OF_FLA,
     CHUNK_RWKV6,
     RECURRENT_RWKV6,
     CHUNK_RWKV7,
