@@ -31,6 +31,9 @@ class StateTensors:
 
 Cache = DynamicCache | InferenceCache | StateTensors
 
+OF_ALL_LAYERS = ("linear_cache", "position_ids")
+"""Where caches keep what belongs to no layer alone: MiniMax's states; qwen4_exp's positions, until 5.17."""
+
 KEYWORDS = ("cache_params", "past_key_values", "inference_params", "state")
 """Names under which models take their cache; the last but one is mamba_ssm's, the last rwkv's."""
 
@@ -192,8 +195,8 @@ def unpack(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if isinstance(cache, StateTensors):
         return dict(cache.tensors), {}
     layers = [_take_apart(vars(layer), f"{i}", tensors) for i, layer in enumerate(cache.layers)]
-    linear = _take_apart(getattr(cache, "linear_cache", None), "linear", tensors)  # MiniMax's
-    return tensors, {"layers": layers, "linear": linear}
+    shared = {name: getattr(cache, name) for name in OF_ALL_LAYERS if hasattr(cache, name)}
+    return tensors, {"layers": layers, "shared": _take_apart(shared, "shared", tensors)}
 
 
 def _take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -240,6 +243,4 @@ def restore(cache: Cache, tensors: dict[str, Tensor], plain: dict[str, Any], dev
         layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
     for layer, described in zip(layers, plain["layers"], strict=True):
         vars(layer).update(_put_together(described, tensors, device))
-    if plain["linear"] is not None:
-        own: Any = cache
-        own.linear_cache = _put_together(plain["linear"], tensors, device)
+    vars(cache).update(_put_together(plain["shared"], tensors, device))

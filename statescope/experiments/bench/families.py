@@ -157,7 +157,7 @@ def build(family: str, device: str, dtype: torch.dtype) -> nn.Module:
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family]})
-    kind = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    kind: Any = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
     model: nn.Module = kind.from_config(config)
     return model.to(device, dtype).eval()
 
