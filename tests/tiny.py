@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import transformers
 import xarray as xr
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -283,6 +285,16 @@ WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba", "zamba2", "mamba", "falcon_
 
 FAMILIES = tuple(family for family in CONFIGS if family in CONFIG_MAPPING_NAMES)
 """What the installed transformers has: bailing_hybrid came after 5.17."""
+
+EVERY_FAMILY = [
+    family
+    if family in FAMILIES
+    else pytest.param(
+        family, marks=pytest.mark.skip(reason=f"transformers {transformers.__version__} has no {family}")
+    )
+    for family in CONFIGS
+]
+"""All families, to parametrise tests with."""
 
 
 def config(family: str, **changes: Any) -> Any:
