@@ -34,6 +34,9 @@ Cache = DynamicCache | InferenceCache | StateTensors
 OF_ALL_LAYERS = ("linear_cache", "position_ids")
 """Where caches keep what belongs to no layer alone: MiniMax's states; qwen4_exp's positions, until 5.17."""
 
+BY_SINGLE_TOKENS = {"fla.layers.mamba", "fla.layers.mamba3"}
+"""Modules whose layers refuse to go on by several tokens."""
+
 KEYWORDS = ("cache_params", "past_key_values", "inference_params", "state")
 """Names under which models take their cache; the last but one is mamba_ssm's, the last rwkv's."""
 
@@ -172,16 +175,22 @@ def refuse_segments(model: nn.Module) -> None:
     ------
     ValueError
         If it has attention layers of mamba_ssm: these go on by single tokens, and in torch's attention not
-        even then with a mask that fits; names ``segment``.
+        even then with a mask that fits; or layers of fla that call mamba_ssm's scans, and go on by single
+        tokens too. Names ``segment``.
     """
-    if keyword(model) != "inference_params":
-        return
-    depths = {int(m.layer_idx) for m in model.modules() if hasattr(m, "layer_idx")}  # type: ignore[arg-type]
-    others = sorted(depths - set(mixers(model)))
-    if others:
+    reason = None
+    if {type(mixer).__module__ for mixer in mixers(model).values()} & BY_SINGLE_TOKENS:
+        reason = "layers that go on from an earlier segment by single tokens only"
+    elif keyword(model) == "inference_params":
+        depths = {int(m.layer_idx) for m in model.modules() if hasattr(m, "layer_idx")}  # type: ignore[arg-type]
+        others = sorted(depths - set(mixers(model)))
+        reason = (
+            f"attention at layers {others}, which cannot go on from an earlier segment" if others else None
+        )
+    if reason is not None:
         raise ValueError(
-            f"model is a {type(model).__name__} with attention at layers {others}, which cannot go on from an"
-            " earlier segment; pass segment= the length of the text, so that it is read in one"
+            f"model is a {type(model).__name__} with {reason}; pass segment= the length of the text, so that"
+            " it is read in one"
         )
 
 

@@ -14,7 +14,7 @@ from mamba3_like import stepped
 from test_mamba_ssm import imported
 from torch import Tensor
 
-from statescope.adapters import ADAPTERS
+from statescope.adapters import ADAPTERS, mamba3
 from statescope.kernels import reference
 from statescope.recurrence import Recurrence
 from statescope.scan import Attribution, probe, scan
@@ -178,5 +178,7 @@ def test_loop_is_what_mamba_ssm_s_kernels_compute(goes_on: bool, monkeypatch: py
     )
     y, _, expected = stepped(**given, Z=gate, states=entering)
     assert error(found[0], y) < 2e-6
+    ours = mamba3._angles(omega, step, entering, 16)  # on a GPU by the same kernel
+    assert error(ours.cos(), turned.cos()) < 2e-6 and error(ours.sin(), turned.sin()) < 2e-6
     for mine, theirs in zip(expected, (last, *found[-1]), strict=True):
         assert error(theirs, mine) < 2e-6

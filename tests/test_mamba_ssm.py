@@ -405,8 +405,16 @@ def test_bfloat16() -> None:
     assert inputs.dtype == torch.bfloat16 and state.dtype == torch.float32
 
 
-def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("layer", "stops", "changed"),
+    [("Mamba2", (32, 96), {"dt_limit": (0.0, 1.0)}), ("Mamba3", (32,), {"is_outproj_norm": True})],
+    ids=["Mamba2", "Mamba3"],
+)
+def test_interrupted(
+    layer: str, stops: tuple[int, ...], changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A record that was interrupted is gone on from, exactly, by the same request only."""
+    library = STAND_INS[layer]
     monkeypatch.setattr(layout, "SHARD_TOKENS", 32)
     commit = RecordWriter.commit
 
@@ -418,15 +426,15 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(RecordWriter, "commit", interrupted)
 
-    request = {"model": STAND_IN.build(), "text": STAND_IN.text(), "segment": 16, "probes": [50, -1]}
+    request = {"model": library.build(), "text": library.text(), "segment": 16, "probes": [50, -1]}
     expected, place = statescope.trace(**request), MemoryStore()
-    for stop in (32, 96):
+    for stop in stops:
         until(stop)
         with pytest.raises(KeyboardInterrupt):
             statescope.trace(**request, store=place)
         assert statescope.open(place).attrs["committed"] == stop
     until(None)
-    other = request | {"model": STAND_IN.build(dt_limit=(0.0, 1.0))}  # the same weights
+    other = request | {"model": library.build(**changed)}  # of Mamba-2 with the same weights
     with pytest.raises(FileExistsError, match="interrupted record of another"):
         statescope.trace(**other, store=place)
     assert_identical(statescope.trace(**request, store=place), expected)
@@ -448,6 +456,21 @@ def test_attention_is_read_in_one_pass(library: Library) -> None:
     place = MemoryStore()
     with pytest.raises(ValueError, match=r"attention at layers \[1\].*segment="):
         statescope.trace(model, text, segment=library.tokens // 2, store=place)
+    assert not place._store_dict
+
+
+def test_fla_reads_in_one_pass() -> None:
+    """Layers of fla that call mamba_ssm's scans, of Mamba and Mamba-3, go on by single tokens only."""
+
+    class OfFla(mamba3_like.Mamba3):
+        __module__ = "fla.layers.mamba3"
+
+    model, text = STAND_INS["Mamba3"].build(layers=1), STAND_INS["Mamba3"].text()
+    model.backbone.layers[0].mixer.__class__ = OfFla
+    assert statescope.trace(model, text).attrs["complete"]
+    place = MemoryStore()
+    with pytest.raises(ValueError, match=r"single tokens.*segment= the length"):
+        statescope.trace(model, text, segment=16, store=place)
     assert not place._store_dict
 
 

@@ -75,29 +75,15 @@ def read_mamba3(
     """
     refuse_packed(rest)
     q, k, v, trap, omega = (x.bfloat16().float() for x in (Q, K, V, Trap, Angles))
-    heads, step, log_decay = v.shape[2], DT.float().transpose(1, 2), ADT.float().transpose(1, 2)
-    share, per_group = trap.sigmoid().transpose(1, 2), heads // q.shape[2]
     angles = _angles(omega, DT, Input_States, chunk_size)
     q, k = (
-        _turned(x.repeat_interleave(per_group, 2) + bias.float(), angles.bfloat16().float())
+        _turned(x.repeat_interleave(len(bias) // x.shape[2], 2) + bias.float(), angles.bfloat16().float())
         for x, bias in ((q, Q_bias), (k, K_bias))
     )
-    state, last_key = None, torch.zeros_like(k[:, :1])
-    if Input_States is not None:
-        kept, key, value = (x.float() for x in Input_States[1:])
-        state = torch.cat([kept.transpose(-2, -1), EPSILON * value[:, :, None]], 2)
-        last_key = key[:, None]
-    earlier = (log_decay.exp() * step * (1 - share))[..., None] * torch.cat([last_key, k[:, :-1]], 1)
-    recurrence = Recurrence(
-        q=pad(q, (0, 1)),
-        k=pad((step * share)[..., None] * k, (0, 1), value=EPSILON),
-        v=v,
-        log_decay=log_decay,
-        a=torch.cat([earlier / EPSILON, -log_decay.exp()[..., None]], -1),
-        b=pad(torch.zeros_like(k), (0, 1), value=1.0),
-        initial_state=state,
-        skip=None if D is None else D.float(),
-    )
+    log_decay, step, share = (x.float().transpose(1, 2) for x in (ADT, DT, trap.sigmoid()))
+    recurrence = _recurrence(q, k, v, log_decay, step, share, Input_States)
+    if D is not None:
+        recurrence = recurrence.replace(skip=D.float())
 
     def answer(output: ScanOutput) -> Any:
         assert output.y is not None
@@ -113,6 +99,28 @@ def read_mamba3(
         return y, angles[:, -1], *others
 
     return Call(recurrence, answer, complete if return_final_states else None)
+
+
+def _recurrence(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step: Tensor, share: Tensor, states: States | None
+) -> Recurrence:
+    """Put the earlier value into a row of its own; ``log_decay`` to ``share`` are (batch, time, heads)."""
+    initial, last_key = None, torch.zeros_like(k[:, :1])
+    if states is not None:
+        _, state, key, value = (x.float() for x in states)
+        initial = torch.cat([state.transpose(-2, -1), EPSILON * value[:, :, None]], 2)
+        last_key = key[:, None]
+    kept = log_decay.exp()[..., None]
+    earlier = kept * (step * (1 - share))[..., None] * torch.cat([last_key, k[:, :-1]], 1)
+    return Recurrence(
+        q=pad(q, (0, 1)),
+        k=pad((step * share)[..., None] * k, (0, 1), value=EPSILON),
+        v=v,
+        log_decay=log_decay,
+        a=torch.cat([earlier / EPSILON, -kept], -1),
+        b=pad(torch.zeros_like(k), (0, 1), value=1.0),
+        initial_state=initial,
+    )
 
 
 def _angles(omega: Tensor, DT: Tensor, states: States | None, chunk_size: int) -> Tensor:
