@@ -11,12 +11,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import needs
+from conftest import needs, skip
+from test_mamba_ssm import FOLDER, imported
 from tiny import VOCABULARY, assert_close, ids
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
@@ -250,7 +252,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "GatedDeltaNet": {"num_heads": 2, "head_dim": 16, "expand_v": 1},
     "KDA": {"num_heads": 2, "head_dim": 16, "expand_v": 1},
     "RWKV6": {"num_heads": 2, "proj_low_rank_dim": 8, "gate_low_rank_dim": 8},
-    "Mamba2": {"head_dim": 16, "state_size": 8, "num_heads": 4, "chunk_size": 16},
+    "Mamba2": {"head_dim": 16, "state_size": 8, "num_heads": 4, "chunk_size": 16, "initializer_range": 0.5},
     "RWKV7": {"head_dim": 16, **{f"{x}_low_rank_dim": 8 for x in ("decay", "gate", "a", "v")}},
 }
 TEXT = ids(24, sequences=2)
@@ -275,25 +277,31 @@ def fla() -> Iterator[Any]:
 
             patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
             patch.setattr(autotuner.Autotuner, "__init__", first_only)
+        if FOLDER or find_spec("mamba_ssm"):
+            imported(patch, "Mamba2")  # whose kernels fla's Mamba-2 then has
         yield importlib.import_module("fla.models")
-    for name in [n for n in sys.modules if n.partition(".")[0] == "fla"]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("fla", "mamba_ssm")]:
         del sys.modules[name]  # transformers would take it for its own use
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def model(request: pytest.FixtureRequest, fla: Any) -> nn.Module:
+def built(fla: Any, name: str, **changes: Any) -> nn.Module:
     plain = {"fuse_norm": False, "fuse_swiglu": False, "fuse_cross_entropy": False}
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = getattr(fla, f"{request.param}Config")(**sizes, **plain, **MODELS[request.param])
+        config = getattr(fla, f"{name}Config")(**sizes, **plain, **MODELS[name] | changes)
         torch.manual_seed(0)
-        made: nn.Module = getattr(fla, f"{request.param}ForCausalLM")(config).eval()
+        made: nn.Module = getattr(fla, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.ndim > 1 and "norm" not in name and min(parameter.shape) > 1:
+        for path, parameter in made.named_parameters():
+            if parameter.ndim > 1 and "norm" not in path and min(parameter.shape) > 1:
                 parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
     return made.to(DEVICE)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest, fla: Any) -> nn.Module:
+    return built(fla, request.param)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -334,3 +342,24 @@ def test_model_of_fla(model: nn.Module) -> None:
             model(text[:, 9:], **caches.inputs(model, c.cache, 9, text[:, 9:])).logits for c in (carry, again)
         ]
     assert torch.equal(*pair)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mamba2_with_kernels(fla: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with mamba_ssm's kernels, where groups of heads that share a key are in order."""
+    layers = importlib.import_module("fla.layers.mamba2")
+    if not layers.is_fast_path_available:
+        skip("mamba_ssm is not installed")
+
+    def forward(
+        self: Any, hidden_states: Tensor, past_key_values: Any, use_cache: bool, **others: Any
+    ) -> tuple[Tensor, None, Any]:
+        kept = layers.get_layer_cache(self, past_key_values)
+        y, inputs, state = self.cuda_kernels_forward(hidden_states, kept, use_cache)
+        states = {"recurrent_state": state, "conv_state": inputs, "offset": hidden_states.shape[1]}
+        layers.update_layer_cache(self, past_key_values, **states)
+        return y, None, past_key_values
+
+    if DEVICE == "cpu":  # as it does on a GPU
+        monkeypatch.setattr(layers.Mamba2, "forward", forward)
+    test_model_of_fla(built(fla, "Mamba2", n_groups=2, state_size=32))
