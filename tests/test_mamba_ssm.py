@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import mamba1_like
+import mamba3_like
 import mamba_ssm_like
 import numpy as np
 import pytest
@@ -56,6 +57,12 @@ class Library:
     ssm_cfg: dict[str, Any]
     rtol: float = 1e-5
     layer: str = "Mamba2"
+    anew: float = 0.0
+
+    @property
+    def rounded(self) -> float:
+        """Relative error where layers read what is rounded anew, which Mamba-3 does to bfloat16."""
+        return max(self.rtol, self.anew)
 
     def build(self, attention: tuple[int, ...] = (), layers: int = 2, **ssm_cfg: Any) -> Any:
         """Build a small model whose states matter."""
@@ -97,16 +104,27 @@ STAND_IN = Library(
 )
 
 
-STAND_IN_1 = dataclasses.replace(STAND_IN, home=mamba1_like, layer="Mamba1")
+STAND_INS = {
+    "Mamba1": dataclasses.replace(STAND_IN, home=mamba1_like, layer="Mamba1"),
+    "Mamba2": STAND_IN,
+    "Mamba3": dataclasses.replace(
+        STAND_IN, home=mamba3_like, layer="Mamba3", tokens=60, segments=(3, 32), anew=2**-7
+    ),
+}
 
 
-@pytest.fixture(scope="module", params=["stand-in", "stand-in 1", "mamba_ssm", "mamba_ssm 1"])
+@pytest.fixture(
+    scope="module",
+    params=[(name, layer) for name in ("stand-in", "mamba_ssm") for layer in STAND_INS],
+    ids=" ".join,
+)
 def library(request: pytest.FixtureRequest) -> Iterator[Library]:
-    if request.param.startswith("stand-in"):
-        yield STAND_IN_1 if request.param.endswith("1") else STAND_IN
+    name, layer = request.param
+    if name == "stand-in":
+        yield STAND_INS[layer]
         return
     with pytest.MonkeyPatch.context() as patch:
-        yield imported(patch, "Mamba1" if request.param.endswith("1") else "Mamba2")
+        yield imported(patch, layer)
     for name in [n for n in sys.modules if n.partition(".")[0] == "mamba_ssm"]:
         del sys.modules[name]  # transformers would take it for its own use
 
@@ -128,20 +146,39 @@ def imported(patch: pytest.MonkeyPatch, layer: str) -> Library:
     patch.setenv("MAMBA_DETERMINISTIC", "1")  # one configuration of each kernel, so that none is timed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        own = "modules.mamba2" if layer == "Mamba2" else "modules.mamba_simple"
+        own = {"Mamba1": "modules.mamba_simple"}.get(layer, f"modules.{layer.lower()}")
         names = ("models.mixer_seq_simple", "models.config_mamba", "utils.generation", own)
         models, configs, generation, home = (importlib.import_module(f"mamba_ssm.{name}") for name in names)
+    if layer == "Mamba3" and DEVICE == "cpu":  # its kernels are for a GPU's assembler
+        patch.setattr(home, "mamba3_siso_combined", mamba3_like.mamba3_siso_combined)
+
+    def with_mamba3(config: Any) -> Any:
+        """MambaLMHeadModel knows no Mamba-3; who wants one puts its mixers in."""
+        settings, config.ssm_cfg = config.ssm_cfg, {"layer": "Mamba2"}
+        model = models.MambaLMHeadModel(config)
+        for depth, block in enumerate(model.backbone.layers):
+            if depth not in config.attn_layer_idx:
+                block.mixer = home.Mamba3(config.d_model, layer_idx=depth, **{**settings, "layer": None})
+        return model
+
+    with_mamba3.__module__ = models.__name__
+    sizes = {
+        "Mamba1": {"expand": 4},
+        "Mamba2": {"d_state": 16, "headdim": 32, "chunk_size": 16},
+        "Mamba3": {"d_state": 16, "headdim": 16, "chunk_size": 16},
+    }
     return Library(
-        models.MambaLMHeadModel,
+        with_mamba3 if layer == "Mamba3" else models.MambaLMHeadModel,
         configs.MambaConfig,
         generation.InferenceParams,
         home,
         DEVICE,
         tokens=24 if DEVICE == "cpu" else 150,
         segments=(3, 16) if DEVICE == "cpu" else (2, 3, 7, 64),
-        ssm_cfg={"d_state": 16, "headdim": 32, "chunk_size": 16} if layer == "Mamba2" else {"expand": 4},
+        ssm_cfg=sizes[layer],
         layer=layer,
         rtol=1e-5 if DEVICE == "cpu" else 1e-2,  # there its products round what they multiply to TF32
+        anew=2**-7 if layer == "Mamba3" else 0.0,
     )
 
 
@@ -201,7 +238,7 @@ def test_one_pass_is_the_model(library: Library, whole: tuple[Any, Any, Tensor])
         state = torch.from_numpy(record["snapshots"].state.sel(layer=layer).values[:, 0])
         kept = params.key_value_memory_dict[layer][1]
         kept = library.matrices(kept)
-        assert error(state, kept) < library.rtol
+        assert error(state[:, :, : kept.shape[2]], kept) < library.rtol  # of Mamba-3 a row more
         norm = torch.from_numpy(record["steps"].state_norm.sel(layer=layer).values[:, -1])
         assert error(norm, kept.double().flatten(2).norm(dim=-1)) < library.rtol
     assert record.attrs["model_type"] == library.model.__module__.split(".")[0]
@@ -212,8 +249,8 @@ def test_segments_of_any_length(library: Library, whole: tuple[Any, Any, Tensor]
     model, record, logits = whole
     for segment in library.segments:
         cut, found = traced(model, library.text(), segment=segment, snapshots=-1)
-        assert error(found, logits) < library.rtol
-        assert_close(cut, record, rtol=2 * library.rtol)
+        assert error(found, logits) < library.rounded
+        assert_close(cut, record, rtol=2 * library.rounded)
     assert error(plainly(model, library.text()[:, 16:]), logits[:, 16:]) > 1e-1, "what came before matters"
 
 
@@ -225,18 +262,20 @@ def test_what_is_kept_is_what_the_model_keeps(library: Library, whole: tuple[Any
         part = text[:, start:stop]
         with torch.no_grad(), capture(model, lambda layer, call, run_own: run_own()):
             found = model(part, **caches.inputs(model, cache, start, part)).logits
-        assert error(found, logits[:, start:stop]) < library.rtol
+        assert error(found, logits[:, start:stop]) < library.rounded
     params = library.params(max_seqlen=20, max_batch_size=2)
     plainly(model, text[:, :17], inference_params=params)
     for layer in (0, 1):
         for found, kept in zip(
             cache.key_value_memory_dict[layer], params.key_value_memory_dict[layer], strict=True
         ):
-            assert error(found, kept) < library.rtol
+            assert error(found, kept) < library.rounded
+    if library.layer == "Mamba3" and library.home.__name__.startswith("mamba_ssm."):
+        return  # its step for single tokens needs a GPU
     params.key_value_memory_dict, params.seqlen_offset = cache.key_value_memory_dict, 17
     for t in (17, 18):
         found = plainly(model, text[:, t : t + 1], inference_params=params)
-        assert error(found, logits[:, t : t + 1]) < library.rtol
+        assert error(found, logits[:, t : t + 1]) < library.rounded
         params.seqlen_offset += 1
 
 
@@ -244,8 +283,9 @@ def test_what_is_kept_is_what_the_model_keeps(library: Library, whole: tuple[Any
 def test_own_scan_replaced(backend: str, library: Library, whole: tuple[Any, Any, Tensor]) -> None:
     model, record, logits = whole
     replaced, found = traced(model, library.text(), backend=backend, segment=14, snapshots=-1)
-    assert 0 < error(found, logits) < library.rtol
-    assert_close(replaced, record, rtol=2 * library.rtol)
+    assert error(found, logits) < library.rounded
+    assert library.anew or not torch.equal(found, logits)
+    assert_close(replaced, record, rtol=2 * library.rounded)
 
 
 def test_model_is_left_as_it_was(library: Library) -> None:
@@ -365,8 +405,16 @@ def test_bfloat16() -> None:
     assert inputs.dtype == torch.bfloat16 and state.dtype == torch.float32
 
 
-def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("layer", "stops", "changed"),
+    [("Mamba2", (32, 96), {"dt_limit": (0.0, 1.0)}), ("Mamba3", (32,), {"is_outproj_norm": True})],
+    ids=["Mamba2", "Mamba3"],
+)
+def test_interrupted(
+    layer: str, stops: tuple[int, ...], changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A record that was interrupted is gone on from, exactly, by the same request only."""
+    library = STAND_INS[layer]
     monkeypatch.setattr(layout, "SHARD_TOKENS", 32)
     commit = RecordWriter.commit
 
@@ -378,15 +426,15 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(RecordWriter, "commit", interrupted)
 
-    request = {"model": STAND_IN.build(), "text": STAND_IN.text(), "segment": 16, "probes": [50, -1]}
+    request = {"model": library.build(), "text": library.text(), "segment": 16, "probes": [50, -1]}
     expected, place = statescope.trace(**request), MemoryStore()
-    for stop in (32, 96):
+    for stop in stops:
         until(stop)
         with pytest.raises(KeyboardInterrupt):
             statescope.trace(**request, store=place)
         assert statescope.open(place).attrs["committed"] == stop
     until(None)
-    other = request | {"model": STAND_IN.build(dt_limit=(0.0, 1.0))}  # the same weights
+    other = request | {"model": library.build(**changed)}  # of Mamba-2 with the same weights
     with pytest.raises(FileExistsError, match="interrupted record of another"):
         statescope.trace(**other, store=place)
     assert_identical(statescope.trace(**request, store=place), expected)
@@ -408,6 +456,21 @@ def test_attention_is_read_in_one_pass(library: Library) -> None:
     place = MemoryStore()
     with pytest.raises(ValueError, match=r"attention at layers \[1\].*segment="):
         statescope.trace(model, text, segment=library.tokens // 2, store=place)
+    assert not place._store_dict
+
+
+def test_fla_reads_in_one_pass() -> None:
+    """Layers of fla that call mamba_ssm's scans, of Mamba and Mamba-3, go on by single tokens only."""
+
+    class OfFla(mamba3_like.Mamba3):
+        __module__ = "fla.layers.mamba3"
+
+    model, text = STAND_INS["Mamba3"].build(layers=1), STAND_INS["Mamba3"].text()
+    model.backbone.layers[0].mixer.__class__ = OfFla
+    assert statescope.trace(model, text).attrs["complete"]
+    place = MemoryStore()
+    with pytest.raises(ValueError, match=r"single tokens.*segment= the length"):
+        statescope.trace(model, text, segment=16, store=place)
     assert not place._store_dict
 
 
