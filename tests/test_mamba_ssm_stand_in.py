@@ -13,7 +13,7 @@ import mamba_ssm_like
 import numpy as np
 import pytest
 import torch
-from mamba_ssm_library import STAND_IN, error, plainly, traced
+from test_mamba_ssm import STAND_IN, error, plainly, traced
 from tiny import VOCABULARY, assert_close, assert_identical
 from torch import Tensor
 from torch.nn.functional import conv1d, silu
