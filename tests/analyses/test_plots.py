@@ -307,6 +307,20 @@ def test_attention_figure_shows_where_heads_read() -> None:
             plots.attention_figure(KINDS["numpy"], **options)
 
 
+def test_attention_of_long_texts_is_drawn_by_distance() -> None:
+    """Nothing is lost: a head's stretches sum to its whole, and what is near stands apart."""
+    record = make_record(random_truth(260), probes=(259,))
+    figure = drawn(plots.attention_figure(record, layers=[1], recent=1))
+    left = figure.axes[0]
+    assert left.get_xscale() == "log" and left.get_xlim() == (260.5, 0.5)
+    row = np.abs(analyses.implicit_attention(record).isel(sequence=0, layer=1, probe=-1).values)
+    shown = left.collections[0].get_array().reshape(row.shape[1], -1)
+    np.testing.assert_allclose(shown[:, 0], 100 * row[-1] / row.sum(0), rtol=1e-5)  # the probe itself
+    assert (np.abs(shown.sum(1) - 100) < 1).all() and shown.shape[1] < 200
+    distance = analyses.mean_distance(record).isel(sequence=0, layer=1, probe=-1).values
+    np.testing.assert_allclose(left.lines[0].get_xdata(), 1 + distance)
+
+
 def test_remembrance_figure() -> None:
     rng = np.random.default_rng(0)
     values = np.sort(rng.random((2, 9, 4)), axis=-1)[..., ::-1].copy()
