@@ -284,6 +284,18 @@ def test_token_strip_asks_for_pieces() -> None:
         plots.token_strip(given)
 
 
+def test_passkey_figure_of_a_record_that_ends_with_the_training_length() -> None:
+    """Nothing lies beyond; the head that is largest in all is drawn heavy."""
+    record = make_record(random_truth(256), probes=(255,), train_length=256)
+    panel = plots.PasskeyPanel("inside", record, 0, slice(20, 40), "12345", "12345")
+    left, right = drawn(plots.passkey_figure([panel])).axes
+    middle = analyses.overload_ratio(record).isel(sequence=0).median("token").compute()
+    worst = middle.argmax(("layer", "head"))
+    name = f"layer {int(middle['layer'][worst['layer']])}, head {int(middle['head'][worst['head']])}"
+    assert left.get_legend_handles_labels()[1] == [name, "training length"]
+    assert right.get_title().endswith("(right)")
+
+
 def test_attention_figure_shows_where_heads_read() -> None:
     figure = drawn(plots.attention_figure(KINDS["numpy"], layers=[1]))
     left, right, _ = figure.axes
