@@ -24,47 +24,74 @@ def in_words(found: dict[str, Any]) -> list[str]:
     -------
     list of str
         Sentences: how many runs forget; from which training length on, and how that goes with the state's
-        size; from how far back is recalled; which measure foretells it. What cannot be said is not said, and
-        why is.
+        size; from how far back is recalled; what rises or falls with the state's size; which measure
+        foretells it. What cannot be said is not said, and why is.
     """
-    forget = xr.Dataset.from_dict(found["forget"]["points"])
-    said = [_who(found, forget), _thresholds(found, forget)]
+    if found["stream"] == "recall":
+        forget = xr.Dataset.from_dict(found["forget"]["points"])
+        said = [_who(found, forget), _thresholds(found, forget)]
+    else:
+        said = [f"{_kind(found)}: {found['runs']} runs."]
+    if "growth" in found:
+        said.append(_growth(found, xr.Dataset.from_dict(found["growth"]["points"])))
     said.append(_lengths(found, xr.Dataset.from_dict(found["recall"]["points"])))
+    if "trends" in found:
+        said.append(_trends(found["trends"]))
     if "predictors" in found:
         said.append(_predictors(xr.Dataset.from_dict(found["predictors"])))
     return said
 
 
+def _kind(found: dict[str, Any]) -> str:
+    kind = f"{found['stream']} stream, {found['steps']:,} steps"
+    return kind + (f", {found['uniform']:.0%} of the lags uniform" if found["stream"] == "recall" else "")
+
+
 def _who(found: dict[str, Any], points: xr.Dataset) -> str:
     runs = _numbers(points["runs"])
     judged, forget = runs.sum(), np.nansum(_numbers(points["fraction"]) * runs)
-    kind = f"{found['stream']} stream, {found['steps']:,} steps"
-    if found["stream"] == "recall":
-        kind += f", {found['uniform']:.0%} of the lags uniform"
     at = found["criterion"]
     return (
-        f"{kind}: {found['runs']} runs, of which {judged:.0f} can be judged (the others recall too little"
-        f" even inside their training length). {forget:.0f} of them forget: from token {at['far']:,} on,"
-        f" recall of recent pairs has fallen by at most {at['within']:g}."
+        f"{_kind(found)}: {found['runs']} runs, of which {judged:.0f} can be judged (the others recall too"
+        f" little even inside their training length). {forget:.0f} of them forget: from token"
+        f" {at['far']:,} on, recall of recent pairs has fallen by at most {at['within']:g}."
     )
 
 
 def _thresholds(found: dict[str, Any], points: xr.Dataset) -> str:
-    size = found["size"]
-    sizes, middle = points[size].values, _numbers(points["threshold"])
-    known = np.isfinite(middle)
-    if not known.any():
+    sizes, middle = points[found["size"]].values, _numbers(points["threshold"])
+    known, each = _known(found, points)
+    if not known:
         return "From which training length on half of the runs forget is known for no state size."
-    ends = (_numbers(points[end]) for end in ("low", "high"))
-    each = [
-        f"{n:,} numbers: {t:,.0f} tokens ({_end(low)} to {_end(high)})"
-        for n, t, low, high, k in zip(sizes, middle, *ends, known, strict=True)
-        if k
-    ]
-    lead = (
-        f"The training length from which half of the runs forget is known for {known.sum()} of {len(sizes)}"
-    )
-    return f"{lead} state sizes ({'; '.join(each)}).{_trend('threshold', sizes, middle, found['forget'])}"
+    lead = f"The training length from which half of the runs forget is known for {known} of {len(sizes)}"
+    return f"{lead} state sizes ({each}).{_trend('threshold', sizes, middle, found['forget'])}"
+
+
+def _growth(found: dict[str, Any], points: xr.Dataset) -> str:
+    sizes, middle = points[found["size"]].values, _numbers(points["threshold"])
+    known, each = _known(found, points)
+    level = points.attrs.get("level", 2)
+    lead = f"The loss far beyond the training length over that at its end falls to {level:g}"
+    if not known:
+        return f"{lead} inside the training lengths tried for no state size."
+    law = _trend("length", sizes, middle, found["growth"])
+    return f"{lead} at a training length that is known for {known} of {len(sizes)} state sizes ({each}).{law}"
+
+
+def _known(found: dict[str, Any], points: xr.Dataset) -> tuple[int, str]:
+    """How many thresholds are known, and which, with their intervals."""
+    columns = (points[found["size"]].values, *(_numbers(points[n]) for n in ("threshold", "low", "high")))
+    rows = [row for row in zip(*columns, strict=True) if np.isfinite(row[1]) and row[1] > 0]
+    each = [f"{n:,} numbers: {t:,.0f} tokens ({_end(low)} to {_end(high)})" for n, t, low, high in rows]
+    return len(rows), "; ".join(each)
+
+
+def _trends(found: dict[str, Any]) -> str:
+    known = {name: t for name, t in found.items() if t["p"] is not None}
+    if not known:
+        return "At the same training length, nothing varies with the state's size."
+    each = [f"{n.replace('_', ' ')} {t['correlation']:+.2f} (p = {t['p']:.2g})" for n, t in known.items()]
+    return f"At the same training length, rank correlation with the state's size: {', '.join(each)}."
 
 
 def _lengths(found: dict[str, Any], points: xr.Dataset) -> str:

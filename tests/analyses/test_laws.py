@@ -15,7 +15,7 @@ from statescope.analyses.findings import findings
 from statescope.analyses.laws import LAWS, fit_laws
 from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
 from statescope.analyses.predictors import predictors, rank_correlation
-from statescope.analyses.runs import FORMAT, read_lines, read_runs, recall, tabulate
+from statescope.analyses.runs import FORMAT, farthest, read_lines, read_runs, recall, tabulate
 from statescope.analyses.thresholds import (
     best_recall,
     context_lengths,
@@ -228,6 +228,25 @@ def test_words_say_what_the_numbers_say(table: xr.Dataset) -> None:
     assert "is 256 with 4 numbers of state, 256 with 16" in length and "it is the same for all" in length
     assert "retention (" in predictor and ") orders the runs best by the context" in predictor
     assert "train_length +" in predictor and "state_numbers -" in predictor
+
+
+def test_words_of_what_grows(table: xr.Dataset) -> None:
+    (found,) = findings(table, far=256, size="state_size")
+    trends = {"growth": {"correlation": 0.5, "p": 0.012, "runs": 9.0}, "x": {"correlation": None, "p": None}}
+    more = found | {"growth": found["forget"], "trends": trends}
+    _, _, growth, _, trend, *_ = in_words(more)
+    assert "falls to 2 at a training length that is known for 3 of 3 state sizes (4 numbers: 23" in growth
+    assert trend.endswith("rank correlation with the state's size: growth +0.50 (p = 0.012).")
+    assert in_words(more | {"stream": "text"})[0] == "text stream, 10 steps: 36 runs."
+    assert "nothing varies" in in_words(found | {"trends": {"x": trends["x"]}})[3]
+
+
+def test_farthest_is_where_something_was_asked(table: xr.Dataset) -> None:
+    assert farthest(table) == 512
+    shorter = table.assign(asked=table["asked"].where(table["position"] < 256, 0))
+    assert farthest(shorter) == 128
+    with pytest.raises(ValueError, match="asked nothing"):
+        farthest(table.assign(asked=0 * table["asked"]))
 
 
 def test_words_say_what_cannot_be_said(table: xr.Dataset) -> None:
