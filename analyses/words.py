@@ -99,7 +99,9 @@ def _lengths(found: dict[str, Any], points: xr.Dataset) -> str:
     if not len(sizes):
         return "From how far back they recall is not known."
     ends = [f"{length[i]:,.0f} with {sizes[i]:,} numbers of state" for i in sorted({0, len(sizes) - 1})]
-    lead = f"The longest distance recalled, of the best training length, is {', '.join(ends)}."
+    of_text = found["stream"] == "text"
+    what = "prompt from which 95 % of passkeys are recalled" if of_text else "distance recalled"
+    lead = f"The longest {what}, of the best training length, is {', '.join(ends)}."
     return lead + _trend("length", sizes, length, found["recall"])
 
 

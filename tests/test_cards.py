@@ -99,7 +99,7 @@ def test_command_of_a_run_without_its_table_trains_it_again(swept: Path, tmp_pat
 
 def test_card_holds_what_is_measured(packed: Path, swept: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(packed, tmp_path / "tiny")
-    text = "Call me Ishmael. Some years ago, never mind how long precisely. " * 40
+    text = "Call me Ishmael. Some years ago, never mind how long precisely. " * 70
     (tmp_path / "text").write_text(text)
     given = ["--haystack", f"Melville={tmp_path / 'text'}", "--lengths", "140,200", "--depths", "0,1"]
     given += ["--beside", str(packed)]
@@ -109,9 +109,10 @@ def test_card_holds_what_is_measured(packed: Path, swept: Path, tmp_path: Path) 
     assert (folder / "README.md").read_text() == render(card)
     again = passkey(folder, [140, 200], [0, 1], 2, haystack=text, progress=False)["correct"].sum("trial")
     assert card["passkeys"]["right"]["Melville"] == again.values.tolist()
-    assert card["beside"] == {"differs": {}, "right": card["passkeys"]["right"]}
-    assert card["states"]["text"] == "Melville" and set(card["states"]["live_memories"]) == {"128", "200"}
-    assert "after 200 tokens (training length 128)" in shows(card)[3]
+    own = {"right": card["passkeys"]["right"], "states": card["states"]}
+    assert card["beside"] == {"differs": {}} | own
+    assert card["states"]["text"] == "Melville" and set(card["states"]["live_memories"]) == {"128", "1024"}
+    assert "after 1,024 tokens (training length 128)" in shows(card)[3]
     done = CliRunner().invoke(app, ["card", str(folder), "--haystack", "Melville"])
     assert done.exit_code == 2 and "expected NAME=FILE" in done.output
     done = CliRunner().invoke(app, ["pack", str(swept), "-o", str(tmp_path / "other")])
@@ -123,16 +124,20 @@ def test_sentences_follow_from_the_numbers() -> None:
     card = {
         "name": "x",
         "training": {"train_length": 512},
+        "checkpoint": {"layers": 2, "heads": 8},
         "passkeys": {"length": [512, 1024, 2048], "depth": [0, 1], "trials": 32, "right": {"prose": counts}},
         "states": {
             "text": "prose",
             "worst_overload": 1.5,
+            "overloaded_heads": 1,
             "live_memories": {"512": 30.2, "2048": 99.0},
             "sentence": "After all it forgets.",
         },
     }
     assert recalled(card["passkeys"], counts) == (1024, 0, 2048)
     other = {"differs": {"train_length": 256}, "right": {"prose": [[32, 32], [1, 32], [0, 0]]}}
+    other["states"] = card["states"] | {"worst_overload": 2.5}
+    assert "That other model's heads, likewise, over 8" in shows(card | {"beside": other})[-1]
     assert shows(card | {"beside": other})[1] == (
         "The same model with train length 256, else trained alike, recalls 95 % of passkeys in prose from up"
         " to 512 tokens, 2 x its training length (surely up to 0; surely no more from 1,024 on)."
@@ -140,9 +145,9 @@ def test_sentences_follow_from_the_numbers() -> None:
     assert shows(card) == [
         "It recalls 95 % of passkeys in prose from up to 1,024 tokens, 2 x its training length (surely up to"
         " 0; surely no more from 2,048 on).",
-        "Its states, over prose: after all it forgets.",
-        "The largest of them is there 1.5 times the largest of training.",
-        "The head that holds most effectively holds so many writes: 30 at token 512, 99 at token 2,048.",
+        "Its states: after all it forgets.",
+        "Its heads that outgrow what training has seen, over 8 training lengths of prose: 1 of 16, the worst"
+        " 1.5 times; the fullest effectively holds so many writes: 30 at token 512, 99 at token 2,048.",
     ]
 
 

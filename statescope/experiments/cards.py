@@ -28,8 +28,8 @@ CARD, README, TRAINING = "card.json", "README.md", "training.json"
 LENGTHS = (512, 1024, 2048, 4096)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TRIALS = 32
-SEQUENCES = 4
-"""Stretches of text that are traced, each as long as the longest prompt."""
+SEQUENCES, SPAN = 4, 8
+"""Stretches of text that are traced, and how many training lengths each has, for every checkpoint alike."""
 
 THE_FILLER = "the paper's filler"
 
@@ -95,15 +95,19 @@ def write_card(
             "seed": seed,
             "right": ask(model),
         },
-        "states": {"text": first} | measure_states(model, texts[first], max(lengths)),
+        "states": {"text": first} | measure_states(model, texts[first]),
         "measured": {
             "date": datetime.now(UTC).date().isoformat(),
             "statescope": version("statescope-ssm"),
         },
     }
     if beside is not None:
-        right = ask(load(beside, device="cpu"))
-        card["beside"] = {"differs": _differs(_training_of(Path(beside)), training), "right": right}
+        other = load(beside, device="cpu")
+        card["beside"] = {
+            "differs": _differs(_training_of(Path(beside)), training),
+            "right": ask(other),
+            "states": {"text": first} | measure_states(other, texts[first]),
+        }
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     (folder / README).write_text(render(card), encoding="utf-8")
     return card
@@ -124,8 +128,9 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     return card
 
 
-def measure_states(model: nn.Module, text: str | None, tokens: int) -> dict[str, Any]:
+def measure_states(model: Any, text: str | None) -> dict[str, Any]:
     """Trace stretches of a text, and say what the states do within and beyond the training length."""
+    tokens = SPAN * int(model.config.train_length)
     content = np.frombuffer((text or FILLER * (2 + SEQUENCES * tokens // len(FILLER))).encode(), np.uint8)
     if len(content) < SEQUENCES * tokens:
         raise ValueError(f"haystack has {len(content):,} bytes; {SEQUENCES * tokens:,} are traced")
@@ -229,15 +234,21 @@ def shows(card: Mapping[str, Any]) -> list[str]:
         length = differs.get("train_length", trained)
         rows = [_recalls(asked, name, right, length) for name, right in card["beside"]["right"].items()]
         said.append(f"The same model with {what}, else trained alike, {'; it '.join(rows)}.")
-    states = card["states"]
-    said.append(f"Its states, over {states['text']}: {states['sentence'][0].lower()}{states['sentence'][1:]}")
-    held = ", ".join(f"{n:,.0f} at token {int(at):,}" for at, n in states["live_memories"].items())
-    if states["worst_overload"] is not None:
-        said.append(
-            f"The largest of them is there {states['worst_overload']:g} times the largest of training."
-        )
-    said.append(f"The head that holds most effectively holds so many writes: {held}.")
+    states, heads = card["states"], card["checkpoint"]["layers"] * card["checkpoint"]["heads"]
+    said.append(f"Its states: {states['sentence'][0].lower()}{states['sentence'][1:]}")
+    said.append(f"Its heads that outgrow what training has seen, {_overloaded(states, heads)}.")
+    if "beside" in card:
+        said.append(f"That other model's heads, likewise, {_overloaded(card['beside']['states'], heads)}.")
     return said
+
+
+def _overloaded(states: Mapping[str, Any], heads: int) -> str:
+    held = ", ".join(f"{n:,.0f} at token {int(at):,}" for at, n in states["live_memories"].items())
+    worst = "" if states["worst_overload"] is None else f", the worst {states['worst_overload']:g} times"
+    return (
+        f"over {SPAN} training lengths of {states['text']}: {states['overloaded_heads']} of {heads}{worst};"
+        f" the fullest effectively holds so many writes: {held}"
+    )
 
 
 def _recalls(asked: Mapping[str, Any], name: str, right: Sequence[Sequence[int]], trained: int) -> str:

@@ -54,7 +54,7 @@ def pack(run: str | Path, folder: str | Path, table: str | Path | None = None) -
         If ``run`` is no run, ``folder`` holds something already, or ``table`` has no such run. Nothing is
         written then.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     run, folder = Path(run), Path(folder)
     missing = [name for name in ("config.json", WEIGHTS, SETTINGS) if not (run / name).is_file()]
@@ -68,7 +68,7 @@ def pack(run: str | Path, folder: str | Path, table: str | Path | None = None) -
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", _config(settings)), ("training.json", facts)):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
     return folder
 
 
