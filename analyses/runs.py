@@ -159,6 +159,15 @@ def _states(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def farthest(table: xr.Dataset) -> int:
+    """First token of the last bin of positions beyond the training length at which anything was asked."""
+    asked = table["asked"].sel(part="beyond").sum(("run", "lag"))
+    known = table["position"].values[(asked > 0).values]
+    if not known.size:
+        raise ValueError("table was asked nothing beyond its training lengths")
+    return int(known[-1])
+
+
 def final(table: xr.Dataset) -> xr.Dataset:
     """Leave out what was measured before the last step of a run."""
     return table.isel(run=(table["step"] == table["steps"]).values)

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from statescope.recurrence import Recurrence
 
 from .interface import Attribution
+from .writes import of_heads, scaled
 
 CHUNK = 64
 """Tokens of one triangular system."""
@@ -73,9 +74,8 @@ def erased(recurrence: Recurrence, values: Tensor) -> Tensor:
     """
     r, dtype = recurrence, values.dtype
     assert r.a is not None
-    given = r.v.to(dtype) if r.write_scale is None else r.v.to(dtype) * r.write_scale.to(dtype)[..., None]
-    key = r.k.to(dtype).norm(dim=-1).repeat_interleave(r.heads // r.groups, 2)
-    return torch.stack([key * (values - given).norm(dim=-1), -r.a.to(dtype) * key.square()])
+    key = of_heads(r, r.k.to(dtype).norm(dim=-1))
+    return torch.stack([key * (values - scaled(r, dtype)).norm(dim=-1), -r.a.to(dtype) * key.square()])
 
 
 def probe(

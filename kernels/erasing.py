@@ -30,6 +30,7 @@ from statescope.recurrence import Recurrence
 from . import keyed
 from .decays import Decays
 from .interface import Attribution, ScanOutput
+from .writes import of_heads, scaled
 
 
 def scan(
@@ -46,8 +47,8 @@ def scan(
     z = read_by_erase(r, dtype)
     if not torch.isfinite(z).all():
         return None
-    k, u = _of_heads(r, r.k).to(dtype), _scaled(r, dtype)
-    q, log_decay = _of_heads(r, r.q).to(dtype), _of_keys(r).to(dtype)
+    k, u = of_heads(r, r.k).to(dtype), scaled(r, dtype)
+    q, log_decay = of_heads(r, r.q).to(dtype), _of_keys(r).to(dtype)
     twice = Recurrence(
         q=_alternate(torch.zeros_like(q), q),
         k=_alternate(r.a.to(dtype), k),
@@ -202,14 +203,5 @@ def _alternate(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([first, second], 2).flatten(1, 2)
 
 
-def _of_heads(r: Recurrence, shared: Tensor) -> Tensor:
-    return shared.repeat_interleave(r.heads // r.groups, 2)
-
-
 def _of_keys(r: Recurrence) -> Tensor:
     return r.log_decay[..., None].expand(*r.log_decay.shape, r.key) if r.scalar_decay else r.log_decay
-
-
-def _scaled(r: Recurrence, dtype: torch.dtype) -> Tensor:
-    v = r.v.to(dtype)
-    return v if r.write_scale is None else v * r.write_scale.to(dtype)[..., None]

@@ -19,6 +19,7 @@ from statescope.recurrence import Recurrence
 from . import delta
 from .interface import Attribution, ScanOutput, Steps
 from .reference import nearest
+from .writes import of_heads, scaled
 
 ENTRIES = {"cpu": 2**20, "cuda": 2**26}
 """Entries of the states held at once, by device."""
@@ -59,7 +60,7 @@ def scan(
         state = states[-1]
         after = states[1:].transpose(0, 1)
         if y is not None:
-            q = _heads(part, part.q).to(dtype)
+            q = of_heads(part, part.q).to(dtype)
             y[:, first:stop] = (q[:, :, :, None] @ after)[:, :, :, 0]
         if measure:
             steps.append(_measure(log_decay, states[:-1].transpose(0, 1) * decay, update, after))
@@ -90,7 +91,7 @@ def _add(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, N
 def _erase(r: Recurrence, state: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same where what a token adds is known once it has read the decayed state; and the values."""
     assert r.a is not None
-    k, a, values = _heads(r, r.k).to(state.dtype), r.a.to(state.dtype)[..., None], _scaled(r, state.dtype)
+    k, a, values = of_heads(r, r.k).to(state.dtype), r.a.to(state.dtype)[..., None], scaled(r, state.dtype)
     written = torch.empty_like(values)
     states = torch.empty((r.time + 1, *state.shape), dtype=state.dtype, device=state.device)
     update = torch.empty((r.batch, r.time, *state.shape[1:]), dtype=state.dtype, device=state.device)
@@ -124,7 +125,7 @@ def probe(
         log_decay = _of_entries(part.log_decay.double())
         remaining = log_decay.flip(1).cumsum(1).flip(1)
         survives = (remaining - log_decay + later[:, None] if later.ndim else remaining - log_decay).to(dtype)
-        keys, v = _heads(part, part.k).to(dtype)[..., None] * survives.exp(), part.v.to(dtype)
+        keys, v = of_heads(part, part.k).to(dtype)[..., None] * survives.exp(), part.v.to(dtype)
         if part.write_scale is not None:
             keys = keys * part.write_scale.to(dtype)[..., None, None]
         written, attention = keys * v[..., None, :], (query[:, None] * keys).sum(-2)
@@ -163,16 +164,7 @@ def _of_entries(log_decay: Tensor) -> Tensor:
 
 def _written(r: Recurrence, dtype: torch.dtype) -> Tensor:
     """What every token adds, (batch, time, heads, key, value)."""
-    return _heads(r, r.k).to(dtype)[..., None] * _scaled(r, dtype)[..., None, :]
-
-
-def _scaled(r: Recurrence, dtype: torch.dtype) -> Tensor:
-    v = r.v.to(dtype)
-    return v if r.write_scale is None else v * r.write_scale.to(dtype)[..., None]
-
-
-def _heads(r: Recurrence, shared: Tensor) -> Tensor:
-    return shared.repeat_interleave(r.heads // r.groups, 2)
+    return of_heads(r, r.k).to(dtype)[..., None] * scaled(r, dtype)[..., None, :]
 
 
 def _measure(log_decay: Tensor, decayed: Tensor, update: Tensor, state: Tensor) -> Steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def bundled() -> dict[str, Path]:
-    """Checkpoints that come with the package, by name."""
+    """Checkpoints that come with the package, by name: by training length, then by the state's size."""
     root = Path(str(files("statescope") / "checkpoints"))
-    return {p.parent.name: p.parent for p in sorted(root.glob("*/config.json"))}
+    found = [p.parent for p in root.glob("*/config.json")]
+    return {
+        p.name: p for p in sorted(found, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)][::-1])
+    }
 
 
 def load(

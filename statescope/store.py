@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import shutil
 from asyncio import gather
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from zarr.abc.store import Store
 from zarr.api.asynchronous import create_group
 from zarr.codecs import BloscCodec
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
 
 from statescope.layout import SHARD_BYTES, Layout
-from statescope.schema import COORDINATES, SCHEMA_VERSION, Variable
+from statescope.schema import COORDINATES, Variable
 
 StoreLike = str | Path | Store
 
@@ -56,8 +55,8 @@ class RecordWriter:
     ) -> RecordWriter:
         """Lay a record out; on a file system it appears whole or not at all.
 
-        Whatever record was at that place is replaced (:func:`claim` has decided that it may be), but removed
-        only at the first commit: until then :meth:`discard_if_empty` puts it back.
+        Whatever record was at that place is replaced (:func:`statescope.claims.claim` has decided that it may
+        be), but removed only at the first commit: until then :meth:`discard_if_empty` puts it back.
 
         Raises
         ------
@@ -84,7 +83,7 @@ class RecordWriter:
 
     @classmethod
     def resume(cls, store: StoreLike, root: zarr.Group, layout: Layout) -> RecordWriter:
-        """Go on with an interrupted record, which :func:`claim` has found."""
+        """Go on with an interrupted record, which :func:`statescope.claims.claim` has found."""
         if isinstance(store, str | Path):
             _remove(*_beside(Path(store).resolve()))
         return cls(store, root, layout)
@@ -182,12 +181,6 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_empty(store: Path | Store) -> bool:
-    if isinstance(store, Path):
-        return not store.exists() or not any(store.iterdir())
-    return sync(store.is_empty(""))
-
-
 async def _lay_out(
     store: StoreLike,
     layout: Layout,
@@ -256,64 +249,3 @@ def _named_errors(store: StoreLike, committed: int | None = None) -> Iterator[No
         raise OSError(
             error.errno, f"store={str(store)!r} cannot be written ({error.strerror}): {remedy}"
         ) from error
-
-
-def as_place(store: Any) -> Path | Store:
-    """Turn what a user names as ``store`` into a folder, or a zarr store that is none."""
-    if isinstance(store, Store):
-        return store.root if isinstance(store, LocalStore) else store
-    if not isinstance(store, str | Path):
-        raise TypeError(f"store is a {type(store).__name__}; expected a folder or a zarr store")
-    if not str(store) or "://" in str(store):
-        raise ValueError(f"store={store!r} names no folder; name one, or pass an open zarr store")
-    return Path(store)
-
-
-def claim(store: Path | Store, fingerprint: Callable[[], str], overwrite: bool) -> zarr.Group | None:
-    """Decide what to do with a place before anything is run.
-
-    Parameters
-    ----------
-    store : Path or zarr store
-        The place.
-    fingerprint : callable
-        Says what decides the numbers; it waits for the device, and is asked only where something is there.
-    overwrite : bool
-        Whether a record that is there may be replaced.
-
-    Returns
-    -------
-    zarr.Group or None
-        An interrupted record of the same request, to be continued; None if the place is free.
-
-    Raises
-    ------
-    FileExistsError
-        If something is there that must not be lost; says what it is and what to do.
-    """
-    if isinstance(store, Path) and store.is_file():
-        raise FileExistsError(f"store={str(store)!r} is a file; name a folder that does not exist yet")
-    try:
-        root = zarr.open_group(store, mode="r+", zarr_format=3)
-    except (FileNotFoundError, ValueError):  # nothing, or something else than a group
-        root = None
-    if root is None:
-        if not _is_empty(store):
-            raise FileExistsError(f"store={str(store)!r} holds files that are no record; name another place")
-        return None
-    attributes = dict(root.attrs)
-    if "schema_version" not in attributes:
-        raise FileExistsError(f"store={str(store)!r} is a Zarr group but no record; name another place")
-    if overwrite:
-        return None
-    if attributes.get("complete"):
-        raise FileExistsError(
-            f"store={str(store)!r} holds a finished record; read it with statescope.open,"
-            " name another place or pass overwrite=True"
-        )
-    if attributes.get("fingerprint") != fingerprint() or attributes["schema_version"] != SCHEMA_VERSION:
-        raise FileExistsError(
-            f"store={str(store)!r} holds an interrupted record of another model, text or choice of what to"
-            " keep; repeat that call to finish it, name another place or pass overwrite=True"
-        )
-    return root

@@ -16,13 +16,14 @@ from statescope import caches, record
 from statescope.anatomy import survey
 from statescope.capture import mixers
 from statescope.carry import AHEAD, Carry
+from statescope.claims import as_place, claim
 from statescope.live import resolve
 from statescope.memory import MemoryRecord
 from statescope.plan import Plan
 from statescope.reader import Edit, Reader
 from statescope.recorder import Recorder, Writer
 from statescope.scan import BACKENDS
-from statescope.store import RecordWriter, StoreLike, as_place, claim
+from statescope.store import RecordWriter, StoreLike
 from statescope.tokens import to_token_ids
 from statescope.watch import Probes, Watch
 

@@ -32,7 +32,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_bundled() -> None:
-    assert tuple(statescope.bundled()) == BUNDLED
+    assert tuple(statescope.bundled())[:2] == BUNDLED  # by training length, then by the state's size
+    for name, folder in statescope.bundled().items():
+        config = statescope.load(name).config
+        assert folder.name == name == f"mamba2-byte-n{config.state_size}-t{config.train_length}"
+        assert {p.name for p in folder.iterdir()} == {
+            "config.json", "model.safetensors", "training.json", "card.json", "README.md"
+        }  # fmt: skip
+        assert (folder / "model.safetensors").stat().st_size < 4_000_000
     model = statescope.load(BUNDLED[0])
     assert model.config.train_length == 512 and not model.training
     assert next(model.parameters()).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Passkey retrieval, held against the accuracies measured when the checkpoints were trained."""
+"""Passkey retrieval, held against what the checkpoints' cards say."""
 
 from __future__ import annotations
 
@@ -21,22 +21,14 @@ from torch import nn
 import statescope
 from statescope.analyses.passkey import read_answers
 from statescope.experiments import passkey as module
+from statescope.experiments.cards import read_card
 from statescope.experiments.passkey import answer, passkey
 from statescope.experiments.prompts import DIGITS, QUESTION, Haystack, needle
 
 SMALL, LARGE = "mamba2-byte-n16-t512", "mamba2-byte-n64-t512"
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-MEASURED = {
-    (SMALL, 512): (1, 1, 1, 1, 1),
-    (SMALL, 1024): (1, 1, 1, 1, 1),
-    (SMALL, 2048): (0.56, 0.91, 1, 1, 1),
-    (LARGE, 512): (1, 1, 1, 1, 1),
-    (LARGE, 1024): (0.12, 0.34, 1, 1, 1),
-    (LARGE, 2048): (0, 0.03, 0.16, 0.84, 1),
-}
-"""Accuracy by depth, 32 prompts each, book text as the haystack."""
-
-PROMPTS = 16
+PROMPTS, SEED = 16, 1
+LONGEST = 2048
+"""Tokens of the longest prompt that a card is held at."""
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +37,20 @@ def model() -> nn.Module:
     return statescope.load(SMALL)
 
 
-@pytest.mark.parametrize("name", [SMALL, LARGE])
-def test_accuracies_of_the_training_run(name: str, book: np.ndarray) -> None:
+@pytest.mark.parametrize("name", list(statescope.bundled()))
+def test_checkpoints_recall_what_their_cards_say(name: str, book: np.ndarray) -> None:
+    """From the training length on, in book text, with other prompts than those of the card."""
     haystack = "".join(c for c in bytes(book[:400_000].astype(np.uint8)).decode() if c.isascii())
-    lengths = [length for who, length in MEASURED if who == name]
-    answers = passkey(name, lengths, DEPTHS, PROMPTS, haystack=haystack, progress=False)
+    card = read_card(statescope.bundled()[name])
+    asked, depths = card["passkeys"], card["passkeys"]["depth"]
+    assert asked["trials"] == 32 and asked["seed"] != SEED
+    measured = dict(zip(asked["length"], asked["right"]["book text"], strict=True))
+    lengths = [n for n in measured if card["training"]["train_length"] <= n <= LONGEST]
+    answers = passkey(name, lengths, depths, PROMPTS, haystack=haystack, seed=SEED, progress=False)
     for length in lengths:
         right = answers["correct"].sel(length=length).sum("trial").values
-        for depth, found, expected in zip(DEPTHS, right, MEASURED[name, length], strict=True):
-            # The table itself is a sample of 32: leave it one prompt of its own uncertainty.
+        for depth, found, expected in zip(depths, right, np.array(measured[length]) / 32, strict=True):
+            # The card itself is a sample of 32: leave it one prompt of its own uncertainty.
             nearest = min(max(found / PROMPTS, expected - 1.5 / 32), expected + 1.5 / 32)
             assert binomtest(int(found), PROMPTS, min(nearest, 1.0)).pvalue > 1e-3, (
                 f"{length} tokens, depth {depth}: {found}/{PROMPTS}"

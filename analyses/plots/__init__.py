@@ -14,6 +14,7 @@ from statescope.analyses.plots.loss import loss_figure
 from statescope.analyses.plots.mechanism import mechanism_figure
 from statescope.analyses.plots.overload import overload_figure
 from statescope.analyses.plots.passkey import PasskeyPanel, passkey_figure, passkey_map
+from statescope.analyses.plots.predictors import predictors_figure
 from statescope.analyses.plots.remembrance import remembrance_figure
 from statescope.analyses.plots.state import rank_figure, state_figure
 from statescope.analyses.plots.strip import token_strip
@@ -32,6 +33,7 @@ __all__ = [
     "passkey_length_figure",
     "passkey_map",
     "position_figure",
+    "predictors_figure",
     "rank_figure",
     "remembrance_figure",
     "retention_figure",

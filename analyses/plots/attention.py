@@ -56,6 +56,8 @@ def attention_figure(
 
     Left: a row a head; the darker, the more of its attention :math:`|M_{ti}|` lies on a stretch of the text.
     The diamond stands at the mean distance before the probe. Right: the part on the most recent tokens.
+    Where a text is so long that one stretch would hold all of these, stretches grow with their distance from
+    the probe, on a logarithmic axis.
 
     Parameters
     ----------
@@ -94,16 +96,23 @@ def attention_figure(
     height = 0.75 + len(chosen) * min(2.6, max(0.9, 0.35 + 0.14 * heads))
     shades = LogNorm(FAINTEST, 100)
     ratios = {"width_ratios": (6, 1)}
+    far = at + 1 > BINS * recent
     with sheet(len(chosen), 2, 9.0, height, sharex="col", sharey="row", **ratios) as (figure, axes):
         for (left, right), layer in zip(axes, chosen, strict=True):
-            _draw_rows(left, size.sel(layer=layer), shades)
-            left.plot(at - distance.sel(layer=layer), np.arange(heads), **DIAMOND, label="mean distance")
+            back = distance.sel(layer=layer)
+            _draw_rows(left, size.sel(layer=layer), at if far else None, shades)
+            left.plot(1 + back if far else at - back, np.arange(heads), **DIAMOND, label="mean distance")
             if length is not None and length <= at:
-                left.axvline(at - length, **TRAIN_LENGTH, label="training length back")
+                where = 1 + length if far else at - length
+                left.axvline(where, **TRAIN_LENGTH, label="training length back")
             right.barh(np.arange(heads), 100 * near.sel(layer=layer), 0.7, color="0.65", edgecolor="0.3")
             left.set_title(f"layer {layer}", loc="left", fontsize="medium")
             _tick_heads(left, size["head"].values)
-        axes[-1, 0].set_xlabel(f"token, up to the probe at {at:,}")
+        axes[-1, 0].set_xlabel(
+            f"tokens back from the probe at {at:,}, which is 1"
+            if far
+            else f"token, up to the probe at {at:,}"
+        )
         axes[-1, 1].set(xlabel=f"on the last\n{recent} tokens (%)", xlim=(0, 100))
         bar = figure.colorbar(
             ScalarMappable(shades, SEQUENTIAL), ax=axes, location="right", pad=0.01, aspect=30, extend="min"
@@ -123,23 +132,28 @@ def attention_figure(
     return figure
 
 
-def _draw_rows(ax: Axes, size: xr.DataArray, shades: LogNorm) -> None:
-    """Draw how a layer's attention is spread, a row a head, summed over stretches of tokens."""
+def _draw_rows(ax: Axes, size: xr.DataArray, probe: int | None, shades: LogNorm) -> None:
+    """Draw how a layer's attention is spread, a row a head, summed over stretches of tokens.
+
+    Stretches are of one length, by token; where the probe is given, they are by distance from it, growing.
+    """
     size = size.transpose("head", "token").astype(np.float64)
     known = np.isfinite(size.values).all(0)
     token, values = size["token"].values[known], size.values[:, known]
-    cuts = _cuts(len(token))
+    count = min(BINS, len(token))
+    if probe is None:
+        cuts = np.unique(np.arange(count) * len(token) // count)
+    else:
+        token, values = probe - token[::-1] + 1, values[:, ::-1]
+        cuts = np.unique(np.geomspace(1, len(token) + 1, count + 1).astype(int))[:-1] - 1
+        ax.set_xscale("log")
+    edges = np.append(token[cuts], token[-1] + 1) - 0.5
     whole = values.sum(1, keepdims=True)
     part = 100 * np.add.reduceat(values, cuts, axis=1) / np.where(whole > 0, whole, 1)
-    edges = np.append(token[cuts], token[-1] + 1) - 0.5
     rows = np.arange(len(part) + 1) - 0.5
     mesh = ax.pcolormesh(edges, rows, np.where(part > FAINTEST, part, np.nan), cmap=SEQUENTIAL, norm=shades)
     mesh.set_rasterized(True)
-    ax.set(xlim=(edges[0], edges[-1]), ylim=(rows[-1], rows[0]))
-
-
-def _cuts(tokens: int) -> Array:
-    return np.unique(np.arange(min(BINS, tokens)) * tokens // min(BINS, tokens))
+    ax.set(xlim=(edges[0], edges[-1]) if probe is None else (edges[-1], edges[0]), ylim=(rows[-1], rows[0]))
 
 
 def _tick_heads(ax: Axes, heads: Array) -> None:

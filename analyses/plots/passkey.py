@@ -34,7 +34,8 @@ class PasskeyPanel:
 def passkey_figure(panels: Sequence[PasskeyPanel]) -> Figure:
     """Show, per record, how the states grow and what the passkey's head holds at the question.
 
-    Left: the overload ratio of every head along the text, the worst one drawn heavy. Right: what the state
+    Left: the overload ratio of every head along the text, the worst one beyond the training length (if the
+    text is longer) drawn heavy. Right: what the state
     at the question is made of, in the head that holds most of the needle: the running sum over the tokens
     of their shares of its energy.
 
@@ -54,8 +55,9 @@ def passkey_figure(panels: Sequence[PasskeyPanel]) -> Figure:
 
 def _draw_growth(ax: Axes, panel: PasskeyPanel) -> None:
     ratio = overload_ratio(panel.record).isel(sequence=panel.sequence)
-    beyond = ratio.isel(token=(ratio["token"] >= panel.record.attrs["train_length"]).values)
-    worst = _argmax(beyond.median("token"))
+    is_beyond = (ratio["token"] >= panel.record.attrs["train_length"]).values
+    judged = ratio.isel(token=is_beyond) if is_beyond.any() else ratio
+    worst = _argmax(judged.median("token"))
     # The peak of every 128 tokens: a head that writes and forgets at once would only fill the panel with ink.
     peaks = ratio.coarsen(token=128, boundary="trim", coord_func="max").max()
     heads = peaks.stack(at=("layer", "head")).transpose("token", "at")

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from statescope.cli.app import app
-from statescope.cli.given import Integers, integers, plain_errors
+from statescope.cli.given import (
+    Backend,
+    Device,
+    Dtype,
+    Integers,
+    Reach,
+    Segment,
+    Tokenizer,
+    TrainLength,
+    Window,
+    plain_errors,
+    watched,
+)
 
 
 @app.command()
@@ -38,20 +50,18 @@ def batch(
     alone: Annotated[
         bool, typer.Option("--alone", help="Read no texts together: bit for bit what trace gives.")
     ] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Hub id, folder, tokenizer.json or bytes.")] = None,
+    tokenizer: Tokenizer = None,
     layers: Integers = None,
     heads: Integers = None,
     snapshots: Integers = None,
     probes: Integers = None,
-    reach: Annotated[
-        int | None, typer.Option(help="Tokens before each probe that get a share. Default: all.")
-    ] = None,
-    window: Annotated[int, typer.Option(help="Tokens per entry of /steps.")] = 1,
-    segment: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, model, or the name of a kernel.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
-    train_length: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None,
+    reach: Reach = None,
+    window: Window = 1,
+    segment: Segment = None,
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    train_length: TrainLength = None,
 ) -> None:
     """Trace many texts with many workers, each into a record of its own; run again to go on."""
     with plain_errors("stopped; everything finished is kept: run the same command again to go on"):
@@ -59,8 +69,7 @@ def batch(
         from statescope.batch.estimate import estimate
         from statescope.batch.settings import Settings
 
-        spans = {"layers": layers, "heads": heads, "snapshots": snapshots, "probes": probes}
-        given = {name: integers(name, span) for name, span in spans.items()}
+        given = watched(layers=layers, heads=heads, snapshots=snapshots, probes=probes)
         settings = Settings(
             model=model,
             tokenizer=tokenizer,

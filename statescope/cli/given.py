@@ -11,7 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
+# Options that several commands have.
 Integers = Annotated[str | None, typer.Option(help="Integers or ranges, such as 0,3,8:12 or 127:4096:128.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Hub id, folder, tokenizer.json or bytes.")]
+Reach = Annotated[int | None, typer.Option(help="Tokens before each probe that get a share. Default: all.")]
+Window = Annotated[int, typer.Option(help="Tokens per entry of /steps.")]
+Segment = Annotated[int | None, typer.Option(help="Tokens of one forward pass.")]
+Backend = Annotated[str, typer.Option(help="auto, model, or the name of a kernel.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
+TrainLength = Annotated[int | None, typer.Option(help="Tokens the model was trained at.")]
 
 
 @contextmanager
@@ -57,6 +66,11 @@ def numbers(name: str, given: str) -> list[float]:
         return [float(part) for part in given.split(",")]
     except ValueError as error:
         raise ValueError(f"{name}={given!r}; expected numbers, such as 0,0.5,1") from error
+
+
+def watched(**spans: str | None) -> dict[str, Any]:
+    """Read layers, heads, snapshots and probes, each as :func:`integers` does."""
+    return {name: integers(name, span) for name, span in spans.items()}
 
 
 def integers(name: str, given: str | None) -> Any:

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from statescope.cli.app import app
-from statescope.cli.given import integers, numbers, plain_errors, read_file
+from statescope.cli.given import (
+    Device,
+    Dtype,
+    Tokenizer,
+    TrainLength,
+    integers,
+    numbers,
+    plain_errors,
+    read_file,
+)
 
 
 @app.command()
@@ -23,15 +32,15 @@ def passkey(
     haystack: Annotated[
         Path | None, typer.Option(help="UTF-8 text to hide passkeys in. Default: the paper's filler.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Hub id, folder, tokenizer.json or bytes.")] = None,
+    tokenizer: Tokenizer = None,
     seed: Annotated[int, typer.Option(help="Draws the passkeys.")] = 0,
     batch: Annotated[int | None, typer.Option(help="Prompts asked at once.")] = None,
     explain: Annotated[
         Path | None, typer.Option(help="Measure states too; write here what they explain (JSON).")
     ] = None,
-    train_length: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    train_length: TrainLength = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Ask for passkeys over a grid of lengths and depths; what is answered already is not asked again."""
     with plain_errors():

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from statescope.cli.app import app
-from statescope.cli.given import plain_errors
+from statescope.cli.given import TrainLength, plain_errors
 
 
 @app.command()
@@ -21,7 +21,7 @@ def report(
     answers: Annotated[
         Path | None, typer.Option(help="File of answers, from statescope passkey: adds their map.")
     ] = None,
-    train_length: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None,
+    train_length: TrainLength = None,
     format: Annotated[
         str | None, typer.Option(help="html, one file; or md, with pictures beside it. Default: by the name.")
     ] = None,

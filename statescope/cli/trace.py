@@ -9,7 +9,20 @@ import typer
 
 from statescope.cli.app import app
 from statescope.cli.describe import describe, describe_batch
-from statescope.cli.given import Integers, integers, plain_errors, read_text
+from statescope.cli.given import (
+    Backend,
+    Device,
+    Dtype,
+    Integers,
+    Reach,
+    Segment,
+    Tokenizer,
+    TrainLength,
+    Window,
+    plain_errors,
+    read_text,
+    watched,
+)
 
 
 @app.command()
@@ -21,20 +34,18 @@ def trace(
         typer.Argument(metavar="TEXT_OR_FILE", help="A text, a UTF-8 file, or - for standard input."),
     ] = None,
     newlines: Annotated[int | None, typer.Option(help="Instead of a text: so many line breaks.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Hub id, folder, tokenizer.json or bytes.")] = None,
+    tokenizer: Tokenizer = None,
     layers: Integers = None,
     heads: Integers = None,
     snapshots: Integers = None,
     probes: Integers = None,
-    reach: Annotated[
-        int | None, typer.Option(help="Tokens before each probe that get a share. Default: all.")
-    ] = None,
-    window: Annotated[int, typer.Option(help="Tokens per entry of /steps.")] = 1,
-    segment: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, model, or the name of a kernel.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
-    train_length: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None,
+    reach: Reach = None,
+    window: Window = 1,
+    segment: Segment = None,
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    train_length: TrainLength = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a record that is there.")] = False,
 ) -> None:
     """Read a text with a model and record its recurrent states."""
@@ -46,8 +57,7 @@ def trace(
         from statescope.experiments.newlines import newlines as trace_newlines
 
         reads: Any = statescope.trace if newlines is None else trace_newlines
-        spans = {"layers": layers, "heads": heads, "snapshots": snapshots, "probes": probes}
-        chosen = {name: integers(name, span) for name, span in spans.items()}
+        chosen = watched(layers=layers, heads=heads, snapshots=snapshots, probes=probes)
         if chosen["probes"] is not None:
             chosen["probes"] = statescope.Probes(chosen["probes"], reach)
         reads(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from statescope.cli.app import app
-from statescope.cli.given import plain_errors
+from statescope.cli.given import Device, plain_errors
 
 Settings = Annotated[
     list[str] | None,
@@ -31,7 +31,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Draws weights and data.")] = 0,
     settings: Settings = None,
     beyond: Annotated[int, typer.Option(help="Tokens of the long sequences of the evaluation.")] = 16384,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    device: Device = None,
 ) -> None:
     """Train a small Mamba-2 model; an interrupted run goes on where its state was last kept."""
     with plain_errors():

@@ -284,6 +284,18 @@ def test_token_strip_asks_for_pieces() -> None:
         plots.token_strip(given)
 
 
+def test_passkey_figure_of_a_record_that_ends_with_the_training_length() -> None:
+    """Nothing lies beyond; the head that is largest in all is drawn heavy."""
+    record = make_record(random_truth(256), probes=(255,), train_length=256)
+    panel = plots.PasskeyPanel("inside", record, 0, slice(20, 40), "12345", "12345")
+    left, right = drawn(plots.passkey_figure([panel])).axes
+    middle = analyses.overload_ratio(record).isel(sequence=0).median("token").compute()
+    worst = middle.argmax(("layer", "head"))
+    name = f"layer {int(middle['layer'][worst['layer']])}, head {int(middle['head'][worst['head']])}"
+    assert left.get_legend_handles_labels()[1] == [name, "training length"]
+    assert right.get_title().endswith("(right)")
+
+
 def test_attention_figure_shows_where_heads_read() -> None:
     figure = drawn(plots.attention_figure(KINDS["numpy"], layers=[1]))
     left, right, _ = figure.axes
@@ -305,6 +317,20 @@ def test_attention_figure_shows_where_heads_read() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             plots.attention_figure(KINDS["numpy"], **options)
+
+
+def test_attention_of_long_texts_is_drawn_by_distance() -> None:
+    """Nothing is lost: a head's stretches sum to its whole, and what is near stands apart."""
+    record = make_record(random_truth(260), probes=(259,))
+    figure = drawn(plots.attention_figure(record, layers=[1], recent=1))
+    left = figure.axes[0]
+    assert left.get_xscale() == "log" and left.get_xlim() == (260.5, 0.5)
+    row = np.abs(analyses.implicit_attention(record).isel(sequence=0, layer=1, probe=-1).values)
+    shown = left.collections[0].get_array().reshape(row.shape[1], -1)
+    np.testing.assert_allclose(shown[:, 0], 100 * row[-1] / row.sum(0), rtol=1e-5)  # the probe itself
+    assert (np.abs(shown.sum(1) - 100) < 1).all() and shown.shape[1] < 200
+    distance = analyses.mean_distance(record).isel(sequence=0, layer=1, probe=-1).values
+    np.testing.assert_allclose(left.lines[0].get_xdata(), 1 + distance)
 
 
 def test_remembrance_figure() -> None:
