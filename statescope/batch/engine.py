@@ -28,6 +28,9 @@ UNPLACED = 4
 BYTES_PER_TOKEN = 4
 """Of a text, about; a piece of work is about one forward pass."""
 
+TEXTS_OF_A_PIECE = 16
+"""At most: to lay a record out takes a while, however short its text."""
+
 DESERTED = 120.0
 """Seconds without any worker, or without a scheduler, after which a run of our own workers stops."""
 
@@ -186,7 +189,8 @@ def pieces(texts: Iterable[Waiting], size: int) -> Iterator[list[Waiting]]:
     """Cut texts into pieces of work, of similar sizes and about ``size`` bytes; the longest come first."""
     piece: list[Waiting] = []
     for text in sorted(texts, key=lambda w: -w.size):
-        if piece and (sum(w.size for w in piece) + text.size > size):
+        full = sum(w.size for w in piece) + text.size > size or len(piece) == TEXTS_OF_A_PIECE
+        if piece and full:
             yield piece
             piece = []
         piece.append(text)

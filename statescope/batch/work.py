@@ -7,12 +7,15 @@ otherwise. Longer texts are read alone, as :func:`statescope.trace` reads them, 
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -39,6 +42,9 @@ IN_MEMORY = 256 * 2**20
 
 PADDING = 0.2
 """Part of a pass that may be padding."""
+
+Later = Callable[..., "Future[Outcome]"]
+"""Puts what is written of a text in its place, in time."""
 
 
 @lru_cache(maxsize=1)
@@ -102,8 +108,22 @@ def work(texts: Sequence[Text], settings: Settings, facts: Facts, dumps: Dumps, 
             plans.append((text, _plan(settings, model, name, _ids(text, settings, model))))
         except Exception as error:
             outcomes.append(_failed(text, error))
-    for group in _groups(plans, 0 if settings.alone else facts.segment):
-        outcomes += _read(group, dumps, label, {"weights": weights, "settings": settings.digest()})
+    about = {"weights": weights, "settings": settings.digest()}
+    try:
+        with drafts(dumps, label) as folder, ThreadPoolExecutor(1) as beside:
+
+            def later(text: Text, *written: Any) -> Future[Outcome]:
+                return beside.submit(_place, text, dumps, folder, *written)
+
+            former: list[Future[Outcome]] = []
+            for group in _groups(plans, 0 if settings.alone else facts.segment):
+                latter = _read(group, folder, later, about)
+                outcomes += [placed.result() for placed in former]  # no more than two groups are in memory
+                former = latter
+            outcomes += [placed.result() for placed in former]
+    except OSError as error:
+        known = {outcome.id for outcome in outcomes}
+        outcomes += [Outcome(t.id, "unplaced", _reason(error)) for t in texts if t.id not in known]
     return outcomes
 
 
@@ -148,33 +168,41 @@ def _length(plan: Plan) -> int:
 
 
 def _read(
-    group: Sequence[tuple[Text, Plan]], dumps: Dumps, label: str, about: Mapping[str, str]
-) -> list[Outcome]:
-    """Read a group together; if that fails, one by one, so that a poisoned text fails alone."""
+    group: Sequence[tuple[Text, Plan]], folder: Path, later: Later, about: Mapping[str, str]
+) -> list[Future[Outcome]]:
+    """Read a group together; if that fails, one by one, so that a poisoned text fails alone.
+
+    Records are put in their places by a thread, beside the reading of the next group: a disk takes its time
+    to be sure of a file, an object store more.
+    """
     began = time.perf_counter()
     try:
-        with drafts(dumps, label) as folder:
-            if len(group) == 1:
-                text, plan = group[0]
-                store: MemoryStore | Path = (
-                    MemoryStore() if _size(plan) <= IN_MEMORY else folder / "draft.zarr"
-                )
-                loss = _alone(plan, store, _about(text, 1, about))
-                return [_place(text, plan, store, folder, dumps, loss, time.perf_counter() - began, 1)]
-            outcomes = []
-            records = _together([plan for _, plan in group])
-            for (text, plan), arrays in zip(group, records, strict=True):
-                store = MemoryStore()
-                loss = _write(plan, store, arrays, _about(text, len(group), about))
-                seconds = (time.perf_counter() - began) / len(group)
-                outcomes.append(_place(text, plan, store, folder, dumps, loss, seconds, len(group)))
-            return outcomes
+        if len(group) == 1:
+            text, plan = group[0]
+            large = _size(plan) > IN_MEMORY
+            store: MemoryStore | Path = folder / f"{uuid4().hex}.zarr" if large else MemoryStore()
+            loss = _alone(plan, store, _about(text, 1, about))
+            return [later(text, plan, store, loss, time.perf_counter() - began, 1)]
+        placed = []
+        records = _together([plan for _, plan in group])
+        for (text, plan), arrays in zip(group, records, strict=True):
+            store = MemoryStore()
+            loss = _write(plan, store, arrays, _about(text, len(group), about))
+            seconds = (time.perf_counter() - began) / len(group)
+            placed.append(later(text, plan, store, loss, seconds, len(group)))
+        return placed
     except OSError as error:
-        return [Outcome(text.id, "unplaced", _reason(error)) for text, _ in group]
+        return [_known(Outcome(text.id, "unplaced", _reason(error))) for text, _ in group]
     except Exception as error:
         if len(group) == 1:
-            return [_failed(group[0][0], error)]
-    return [outcome for one in group for outcome in _read([one], dumps, label, about)]
+            return [_known(_failed(group[0][0], error))]
+    return [outcome for one in group for outcome in _read([one], folder, later, about)]
+
+
+def _known(outcome: Outcome) -> Future[Outcome]:
+    found: Future[Outcome] = Future()
+    found.set_result(outcome)
+    return found
 
 
 def _size(plan: Plan) -> int:
@@ -244,13 +272,15 @@ def _mean(loss: NDArray[Any]) -> float:
 
 
 def _place(
-    text: Text, plan: Plan, store: MemoryStore | Path, folder: Path, dumps: Dumps, loss: float,
+    text: Text, dumps: Dumps, folder: Path, plan: Plan, store: MemoryStore | Path, loss: float,
     seconds: float, together: int,
 ) -> Outcome:  # fmt: skip
-    file = folder / "record.zip"
+    file = folder / f"{uuid4().hex}.zip"
     try:
         size = pack(store, file)
         dumps.put(file, f"{TEXTS}/{text.place}")
+        if isinstance(store, Path):
+            shutil.rmtree(store)
     except Exception as error:  # of whatever kind a file system's are
         return Outcome(text.id, "unplaced", _reason(error))
     known = None if np.isnan(loss) else loss
