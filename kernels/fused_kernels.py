@@ -15,7 +15,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 LENGTHS = ["TIME", "CHUNKS", "LENGTH", "SPANS", "BATCH"]
-"""Arguments for whose special values (1, multiples of 16) nothing is compiled anew: texts are of any length."""
+"""Arguments for whose special values (1, multiples of 16) no kernel is compiled: texts are of any length."""
 
 SMALLEST_LOG = tl.constexpr(-150.0)
 """exp2 of it is 0 in float32, so clamping there changes nothing and keeps -inf - (-inf) out."""

@@ -6,6 +6,7 @@ import csv
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from statescope.batch.places import Dumps, without_secrets
 from statescope.batch.settings import Facts, Settings, Text
 from statescope.batch.work import look, work
 from statescope.cli import app
+from statescope.experiments.bench.settings import Settings as BenchSettings
 
 needs("distributed")
 
@@ -449,6 +451,25 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     written = sum(o.bytes or 0 for o in outcomes(rows[:5], dumps))
     assert 0.7 * written < found.bytes < 1.4 * written
     assert found.tokens == pytest.approx(1370, rel=0.2) and found.seconds > 0
+
+
+def test_bench(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are timed once they are warm, and held against a loop over the same texts."""
+    from statescope.experiments.bench import apart
+    from statescope.experiments.bench import batch as timed
+
+    monkeypatch.setattr(timed, "Apart", apart.Here)
+    monkeypatch.setattr(timed, "LENGTHS", {"cpu": (20, 60)})
+    monkeypatch.setattr(timed, "_numbers", lambda: [1])
+    monkeypatch.setattr(timed, "workers_of", lambda *_: nullcontext((client, False)))
+    one, loop = timed.measure(BenchSettings.of(False, ("batch",), model=MODEL, texts=5))
+    assert (one["workers"], len(one["devices"]), loop["workers"], loop["texts_read"]) == (1, 1, 0, 5)
+    assert loop["workers_over_loop"] == {"1": one["tokens_per_s"] / loop["tokens_per_s"]}
+    for entry in (one, loop):
+        assert entry["texts_per_s"] * entry["seconds"] == pytest.approx(5)
+        assert 100 < entry["tokens_per_s"] * entry["seconds"] < 300
+    said = [line for entry in (one, loop) for line in timed.describe(entry)]
+    assert "1 workers: " in said[0] and "5 in a loop over trace" in said[1]
 
 
 def test_pieces_are_of_similar_sizes() -> None:

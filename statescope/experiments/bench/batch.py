@@ -1,4 +1,4 @@
-"""Many texts: a plain loop over ``trace``, then ``statescope batch`` on 1, 2, ... all workers."""
+"""Many texts: ``statescope batch`` on 1, 2, ... all workers, then a plain loop over ``trace``."""
 
 from __future__ import annotations
 
@@ -37,50 +37,54 @@ LOOPED = 128
 """Texts that the loop reads at most; they are in no order."""
 
 WARM = 8
-"""Texts read beforehand, by the loop and by each worker."""
+"""Texts read beforehand, by the loop and by each worker, from the shortest to the longest."""
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yield an entry for the loop, then one for every number of workers."""
+    """Yield an entry for every number of workers, then one for the loop."""
     with tempfile.TemporaryDirectory(dir=settings.scratch) as folder, Apart() as apart:
-        given = {"model": settings.model, "device": settings.device, "dtype": settings.dtype}
-        about = {"model": settings.model, "texts": settings.texts, "window": settings.windows[0]}
-        drawn = {**given, "folder": folder, "texts": settings.texts}
+        given: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype, "folder": folder}
+        given |= {"texts": settings.texts}
+        about: dict[str, Any] = {
+            "model": settings.model,
+            "texts": settings.texts,
+            "window": settings.windows[0],
+        }
         try:
-            model = apart.call(f"{__name__}.draw", **drawn)
-            loop = apart.call(f"{__name__}.loop", **{**drawn, "model": model, "window": about["window"]})
+            model = apart.call(f"{__name__}.draw", model=settings.model, **given)
         except Lost as lost:
             yield about | {"skipped": str(lost)}
             return
-        yield about | loop
-        one = 0.0
-        for number in _numbers():
-            arguments = {**drawn, "model": model, "window": about["window"], "workers": number}
+        given |= {"model": model, "window": about["window"]}
+        rates: dict[int, float] = {}
+        for number in (*_numbers(), 0):
             try:
-                entry = apart.call(f"{__name__}.many", **arguments)
+                entry = apart.call(f"{__name__}.{'many' if number else 'loop'}", **given, workers=number)
             except Lost as lost:
-                entry = {"skipped": str(lost), "workers": number}
-            if "texts_per_s" in entry:
-                one = one or entry["tokens_per_s"]
-                entry["over_loop"] = entry["tokens_per_s"] / loop["tokens_per_s"]
-                entry["over_one"] = entry["tokens_per_s"] / one
-            yield about | entry
+                yield about | {"skipped": str(lost), "workers": number}
+                continue
+            rates[number] = entry["tokens_per_s"]
+            if number > 1 and 1 in rates:
+                entry["over_one_worker"] = rates[number] / rates[1]
+            if not number:
+                entry["workers_over_loop"] = {str(n): rate / rates[0] for n, rate in rates.items() if n}
+            yield about | {"workers": number} | entry
 
 
 def describe(entry: dict[str, Any]) -> Iterator[str]:
     """Put an entry into words."""
     workers = entry.get("workers", 0)
     title = f"batch, {entry['model']}, {entry['texts']} texts, window={entry['window']}, "
-    title += f"{workers} workers" if workers else "a loop over trace"
+    title += f"{workers} workers" if workers else f"{entry.get('texts_read', 0)} in a loop over trace"
     if "skipped" in entry:
         yield f"{title}: skipped: {entry['skipped']}"
         return
-    more = f", {entry['over_loop']:.2f} of the loop" if workers else ""
-    if entry.get("workers", 0) > 1:
-        more += f", {entry['over_one']:.2f} of one worker"
-    if "memory_growth" in entry:
-        more += f"; {entry['start_seconds']:.0f} s to start"
-        more += f"; memory of a worker, last quarter over first: {entry['memory_growth']:.3f}"
+    more = f", {entry['over_one_worker']:.2f} of one worker" if "over_one_worker" in entry else ""
+    for number, ratio in entry.get("workers_over_loop", {}).items():
+        more += f"; {number} workers: {ratio:.2f} of it"
+    if workers:
+        more += f"; {entry['start_seconds']:.0f} s to start; memory of a worker, last quarter over first:"
+        more += f" {entry['memory_growth']:.3f}"
     yield f"{title}: {entry['texts_per_s']:,.2f} texts/s, {entry['tokens_per_s']:,.0f} tokens/s{more}"
 
 
@@ -109,12 +113,14 @@ def draw(model: str, device: str, dtype: str, folder: str, texts: int) -> str:
     return model
 
 
-def loop(model: str, device: str, dtype: str, folder: str, texts: int, window: int) -> dict[str, Any]:
+def loop(
+    model: str, device: str, dtype: str, folder: str, texts: int, window: int, workers: int
+) -> dict[str, Any]:
     """Trace one text after the other to disk, as a user would, once everything is loaded and built."""
     live = load(model, device=device, dtype=dtype)
     rows = [row["text"] for row in _read(folder)][:LOOPED]
     how: dict[str, Any] = {"window": window, "progress": False, "backend": _backend(device)}
-    for row in rows[:WARM]:
+    for row in _spread(rows):
         trace(live, row, **how)
     used, start = _processor_seconds(), time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as dumps:
@@ -142,7 +148,7 @@ def many(
     rows, began = [row["text"] for row in _read(folder)], time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as dumps, workers_of(None, workers) as (client, _):
         addresses = list(client.scheduler_info(n_workers=-1)["workers"])
-        asked = {"settings": how, "rows": rows[:WARM], "pure": False}
+        asked = {"settings": how, "rows": _spread(rows), "pure": False}
         devices = client.gather([client.submit(warm, workers=[a], **asked) for a in addresses])
         used, start = _processor_seconds(client), time.perf_counter()
         found = batch(Path(folder) / "texts.jsonl", dumps, how, scheduler=client)
@@ -175,6 +181,11 @@ def warm(settings: Reading, rows: list[list[int]]) -> str:
 def _read(folder: str) -> Iterator[dict[str, Any]]:
     with (Path(folder) / "texts.jsonl").open(encoding="utf-8") as file:
         yield from map(json.loads, file)
+
+
+def _spread(rows: list[list[int]]) -> list[list[int]]:
+    ranks = np.linspace(0, len(rows) - 1, min(WARM, len(rows))).round().astype(int)
+    return [sorted(rows, key=len)[i] for i in ranks]
 
 
 def _rates(rows: list[list[int]], seconds: float) -> dict[str, float]:
