@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 
 import statescope
 from statescope import analyses
+from statescope.batch import drafts
 from statescope.batch import inputs as reading
 from statescope.batch import work as working
 from statescope.batch.command import Summary, batch
@@ -33,6 +35,7 @@ from statescope.batch.settings import Facts, Settings, Text
 from statescope.batch.work import look, work
 from statescope.cli import app
 from statescope.experiments.bench.settings import Settings as BenchSettings
+from statescope.store import RecordWriter
 
 needs("distributed")
 
@@ -154,7 +157,8 @@ def test_poisoned_text_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise RuntimeError("device-side trouble")
         return own(plan, *args, **options)
 
-    monkeypatch.setattr(working, "run", breaks)
+    for module in (working, drafts):
+        monkeypatch.setattr(module, "run", breaks)
     rows = [*texts([100, 95, 90]), {"id": "ids", "text": [1, 999]}, {"id": "bad", "text": "#" * 97}]
     rows.append({"id": "short", "text": "abc"})
     found = {o.id: o for o in outcomes(rows, tmp_path, Settings(MODEL, device="cpu", snapshots=(50,)))}
@@ -176,6 +180,46 @@ def test_non_finite_values_are_each_texts_own(tmp_path: Path, monkeypatch: pytes
     assert [o.status for o in found] == ["done", "done"]
     assert one(tmp_path, "good").attrs["first_nonfinite"] is None
     assert one(tmp_path, "bad").attrs["first_nonfinite"]["token"] == 30
+
+
+class Killed(BaseException):
+    """Stands for the end of a worker."""
+
+
+def test_long_text_goes_on_where_its_worker_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its last commit; a text that has changed begins anew; nothing is left but the record."""
+    monkeypatch.setattr("statescope.layout.SHARD_TOKENS", 100)
+    settings = Settings(MODEL, device="cpu", backend="chunked", segment=100)
+    row, commit, commits = {"id": "long", "text": text(450)}, RecordWriter.commit, list[int]()
+
+    def dies(self: RecordWriter, tokens: int, *args: Any, **options: Any) -> None:
+        commit(self, tokens, *args, **options)
+        commits.append(tokens)
+        if len(commits) in (2, 3):
+            raise Killed
+
+    monkeypatch.setattr(RecordWriter, "commit", dies)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            outcomes([row], tmp_path, settings)
+    assert commits == [100, 200, 300]
+    with (tmp_path / ".drafts/kept" / Path(place_of("long")).name / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker reads it still: it is read beside that one
+        assert [o.status for o in outcomes([row], tmp_path, settings)] == ["done"]
+    assert commits[3:] == [100, 200, 300, 400, 450]
+    assert [o.status for o in outcomes([row], tmp_path, settings)] == ["done"]
+    assert commits[8:] == [400, 450]
+    model = statescope.load(MODEL, device="cpu")
+    expected = statescope.trace(model, row["text"], backend="chunked", segment=100)
+    assert_identical(one(tmp_path, "long"), expected, IGNORED)
+    assert not list((tmp_path / ".drafts/kept").iterdir())
+    commits.clear()
+    with pytest.raises(Killed):
+        outcomes([row], tmp_path, settings)
+    changed = {"id": "long", "text": text(450, seed=1)}
+    commits.append(0)
+    assert [o.status for o in outcomes([changed], tmp_path, settings)] == ["done"]
+    assert commits[3:5] == [100, 200]
 
 
 def test_runs_again(client: Any, tmp_path: Path) -> None:

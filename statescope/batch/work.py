@@ -7,7 +7,6 @@ otherwise. Longer texts are read alone, as :func:`statescope.trace` reads them, 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +18,11 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from torch import nn
 from zarr.storage import MemoryStore
 
+from statescope.batch.drafts import Draft, mean
 from statescope.batch.manifest import Outcome
 from statescope.batch.places import TEXTS, Dumps, drafts, without_secrets
 from statescope.batch.settings import Facts, Settings, Text
@@ -36,9 +35,6 @@ from statescope.tokens import find_tokenizer, to_token_ids
 from statescope.tracing import prepare, run, usual_segment
 from statescope.watch import Probes
 from statescope.zipped import pack
-
-IN_MEMORY = 256 * 2**20
-"""Bytes up to which a record is put together in memory; a larger one in a folder."""
 
 PADDING = 0.2
 """Part of a pass that may be padding."""
@@ -117,7 +113,7 @@ def work(texts: Sequence[Text], settings: Settings, facts: Facts, dumps: Dumps, 
 
             former: list[Future[Outcome]] = []
             for group in _groups(plans, 0 if settings.alone else facts.segment):
-                latter = _read(group, folder, later, about)
+                latter = _read(group, dumps, folder, later, about)
                 outcomes += [placed.result() for placed in former]  # no more than two groups are in memory
                 former = latter
             outcomes += [placed.result() for placed in former]
@@ -168,7 +164,7 @@ def _length(plan: Plan) -> int:
 
 
 def _read(
-    group: Sequence[tuple[Text, Plan]], folder: Path, later: Later, about: Mapping[str, str]
+    group: Sequence[tuple[Text, Plan]], dumps: Dumps, folder: Path, later: Later, about: Mapping[str, str]
 ) -> list[Future[Outcome]]:
     """Read a group together; if that fails, one by one, so that a poisoned text fails alone.
 
@@ -179,24 +175,23 @@ def _read(
     try:
         if len(group) == 1:
             text, plan = group[0]
-            large = _size(plan) > IN_MEMORY
-            store: MemoryStore | Path = folder / f"{uuid4().hex}.zarr" if large else MemoryStore()
-            loss = _alone(plan, store, _about(text, 1, about))
-            return [later(text, plan, store, loss, time.perf_counter() - began, 1)]
+            draft = Draft.of(plan, text, dumps, folder)
+            loss = draft.read(plan, _about(text, 1, about))
+            return [later(text, plan, draft, loss, time.perf_counter() - began, 1)]
         placed = []
         records = _together([plan for _, plan in group])
         for (text, plan), arrays in zip(group, records, strict=True):
-            store = MemoryStore()
-            loss = _write(plan, store, arrays, _about(text, len(group), about))
+            draft = Draft(MemoryStore())
+            loss = _write(plan, draft.store, arrays, _about(text, len(group), about))
             seconds = (time.perf_counter() - began) / len(group)
-            placed.append(later(text, plan, store, loss, seconds, len(group)))
+            placed.append(later(text, plan, draft, loss, seconds, len(group)))
         return placed
     except OSError as error:
         return [_known(Outcome(text.id, "unplaced", _reason(error))) for text, _ in group]
     except Exception as error:
         if len(group) == 1:
             return [_known(_failed(group[0][0], error))]
-    return [outcome for one in group for outcome in _read([one], folder, later, about)]
+    return [outcome for one in group for outcome in _read([one], dumps, folder, later, about)]
 
 
 def _known(outcome: Outcome) -> Future[Outcome]:
@@ -205,24 +200,8 @@ def _known(outcome: Outcome) -> Future[Outcome]:
     return found
 
 
-def _size(plan: Plan) -> int:
-    layout, size = plan.layout, 0
-    for group in layout.groups():
-        for variable in layout.variables(group).values():
-            size += 4 * int(np.prod([layout.size(group, d) for d in variable.dims]))
-    return size
-
-
 def _about(text: Text, together: int, more: Mapping[str, str]) -> dict[str, Any]:
     return {"text_id": text.id, "text_sha256": text.sha256, "texts_together": together, **more}
-
-
-def _alone(plan: Plan, store: MemoryStore | Path, about: Mapping[str, Any]) -> float:
-    """Read as ``trace`` does; return the mean loss."""
-    attributes = {**plan.attributes(), **about}
-    writer = RecordWriter.create(store, plan.layout, attributes, plan.ids.numpy())
-    run(plan, lambda: writer, progress=False, on_disk=True)
-    return _mean(np.asarray(zarr.open_group(store, mode="r")["tokens/loss"]))
 
 
 def _together(plans: Sequence[Plan]) -> Iterator[dict[str, NDArray[Any]]]:
@@ -253,9 +232,7 @@ def _together(plans: Sequence[Plan]) -> Iterator[dict[str, NDArray[Any]]]:
         yield arrays
 
 
-def _write(
-    plan: Plan, store: MemoryStore, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]
-) -> float:
+def _write(plan: Plan, store: Any, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> float:
     """Write a record at once; return the mean loss."""
     attributes = {**plan.attributes(), **about}
     writer = RecordWriter.create(store, plan.layout, attributes, plan.ids.numpy())
@@ -263,24 +240,18 @@ def _write(
         if name != "tokens/token_id":
             writer.write(name, values)
     writer.commit(_length(plan), None, first_nonfinite=None)
-    return _mean(arrays["tokens/loss"])
-
-
-def _mean(loss: NDArray[Any]) -> float:
-    known = loss[np.isfinite(loss)]
-    return float(known.mean(dtype=np.float64)) if known.size else float("nan")
+    return mean(arrays["tokens/loss"])
 
 
 def _place(
-    text: Text, dumps: Dumps, folder: Path, plan: Plan, store: MemoryStore | Path, loss: float,
-    seconds: float, together: int,
+    text: Text, dumps: Dumps, folder: Path, plan: Plan, draft: Draft, loss: float, seconds: float,
+    together: int,
 ) -> Outcome:  # fmt: skip
     file = folder / f"{uuid4().hex}.zip"
     try:
-        size = pack(store, file)
+        size = pack(draft.store, file)
         dumps.put(file, f"{TEXTS}/{text.place}")
-        if isinstance(store, Path):
-            shutil.rmtree(store)
+        draft.close()
     except Exception as error:  # of whatever kind a file system's are
         return Outcome(text.id, "unplaced", _reason(error))
     known = None if np.isnan(loss) else loss
