@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+import zarr
 from conftest import needs
 from tiny import assert_close, assert_identical, build
 from typer.testing import CliRunner
@@ -443,6 +444,37 @@ def test_collection(done: tuple[Path, list[dict[str, Any]], Summary]) -> None:
     np.testing.assert_array_equal(lazy.mean("token").values, steps["state_norm"].mean("token").values)
     with pytest.raises(ValueError, match="collection of 8 texts"):
         analyses.overload(collection)
+
+
+def test_commits_of_a_collection_stay_as_they_were(client: Any, tmp_path: Path) -> None:
+    """What is new, changed or gone since the last commit makes a new one; the old one stays readable."""
+    needs("icechunk")
+    import icechunk
+
+    from statescope.batch.snapshots import commit
+
+    rows = texts([60, 50, 40])
+    source, dumps, place = write(tmp_path / "in.jsonl", rows), tmp_path / "dumps", tmp_path / "repository"
+    batch(source, dumps, SETTINGS, scheduler=client, limit=2)
+    first = commit(dumps, place)
+    assert commit(dumps, place) == first
+    rows[0]["text"], rows[1]["text"] = "changed", ""
+    batch(write(source, rows), dumps, SETTINGS, scheduler=client)
+    repository = icechunk.Repository.open(icechunk.local_filesystem_storage(str(place)))
+    second = commit(dumps, repository)
+    assert [s.id for s in repository.ancestry(branch="main")][:2] == [second, first]
+    found = {
+        id: statescope.open_collection(repository.readonly_session(snapshot_id=id).store)
+        for id in (first, second)
+    }
+    assert found[first]["steps"]["sequence"].values.tolist() == ["t0", "t1"]
+    assert found[first]["steps"]["length"].values.tolist() == [60, 50]
+    assert found[second]["steps"]["sequence"].values.tolist() == ["t0", "t2"]
+    now = statescope.open_collection(dumps)
+    for name in ("tokens", "steps"):
+        xr.testing.assert_identical(found[second][name].to_dataset().load(), now[name].to_dataset().load())
+    root = zarr.open_group(repository.readonly_session(snapshot_id=second).store, mode="r")
+    assert [place_of(id).removesuffix(".zip") in root for id in ("t0", "t1", "t2")] == [True, False, True]
 
 
 def test_corpus(done: tuple[Path, list[dict[str, Any]], Summary]) -> None:
