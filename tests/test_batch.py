@@ -317,6 +317,46 @@ def test_bad_rows_fail_with_their_reason(tmp_path: Path, monkeypatch: pytest.Mon
         assert words in str(reason)
 
 
+def test_bad_rows_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In CSV too a row fails by itself: of another encoding, binary, too long, of another width."""
+    monkeypatch.setattr(reading, "LARGEST", 4000)
+    lines = [
+        b"id,text",
+        b"a,good",
+        b"b,\xe9",
+        b"c,a\0b",
+        b"d," + b"x" * 5000,
+        b"e,f,g",
+        b"h",
+        b"i,",
+        b"j,last",
+    ]
+    (tmp_path / "in.csv").write_bytes(b"\n".join(lines))
+    rows = list(read(tmp_path / "in.csv"))
+    assert [(r.id, r.content) for r in rows if r.content] == [("a", "good"), ("j", "last")]
+    words = ["line 3 is not UTF-8", "binary", "line cannot be read: field larger", "number of columns"]
+    for reason, found in zip([*words, "number of columns", "text is empty"], rows[1:-1], strict=True):
+        assert reason in str(found.reason)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    """What is no table at all, or would be read from elsewhere, is refused as a whole."""
+    needs("pyarrow")
+    (tmp_path / "in.parquet").write_bytes(b"PAR1 no more")
+    for name in ("escapes", "splits"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "escapes" / "state.json").write_text('{"_data_files": [{"filename": "../other.arrow"}]}')
+    (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "none").mkdir()
+    wrong = {
+        "in.parquet": "cannot be read as Parquet", "escapes": "'../other.arrow', which is not in the folder",
+        "splits": "holds the splits train, test; name one", "none": "has no files that match",
+    }  # fmt: skip
+    for name, words in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            list(read(tmp_path / name))
+
+
 def test_ids_that_are_no_names(client: Any, tmp_path: Path) -> None:
     """Whatever an id is, its record lies within the dumps, and no two share a file on any disk."""
     ids = [
