@@ -6,6 +6,7 @@ import csv
 import fcntl
 import json
 import sqlite3
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -495,9 +496,11 @@ def test_commits_of_a_collection_stay_as_they_were(client: Any, tmp_path: Path) 
 
     rows = texts([60, 50, 40])
     source, dumps, place = write(tmp_path / "in.jsonl", rows), tmp_path / "dumps", tmp_path / "repository"
-    batch(source, dumps, SETTINGS, scheduler=client, limit=2)
+    command = ["batch", str(source), "-m", MODEL, "-o", str(dumps), "--backend", "chunked", "--device", "cpu"]
+    command += ["--scheduler", client.scheduler.address, "--limit", "2", "--commit", str(place)]
+    said = CliRunner().invoke(app, command).output
     first = commit(dumps, place)
-    assert commit(dumps, place) == first
+    assert said.endswith(f"committed to {place}: snapshot {first}\n")
     rows[0]["text"], rows[1]["text"] = "changed", ""
     batch(write(source, rows), dumps, SETTINGS, scheduler=client)
     repository = icechunk.Repository.open(icechunk.local_filesystem_storage(str(place)))
@@ -515,6 +518,16 @@ def test_commits_of_a_collection_stay_as_they_were(client: Any, tmp_path: Path) 
         xr.testing.assert_identical(found[second][name].to_dataset().load(), now[name].to_dataset().load())
     root = zarr.open_group(repository.readonly_session(snapshot_id=second).store, mode="r")
     assert [place_of(id).removesuffix(".zip") in root for id in ("t0", "t1", "t2")] == [True, False, True]
+
+
+def test_commit_needs_icechunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is said before anything is read."""
+    monkeypatch.setitem(sys.modules, "icechunk", None)
+    source, dumps = write(tmp_path / "in.jsonl", texts([20])), tmp_path / "dumps"
+    command = ["batch", str(source), "-m", MODEL, "-o", str(dumps), "--commit", str(tmp_path / "repository")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code and "pip install 'statescope-ssm[icechunk]'" in result.output
+    assert not dumps.exists()
 
 
 def test_corpus(done: tuple[Path, list[dict[str, Any]], Summary]) -> None:

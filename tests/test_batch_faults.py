@@ -260,7 +260,7 @@ def ended(process: psutil.Process) -> bool:
 
 def test_interrupted_command(cluster: Any, tmp_path: Path) -> None:
     """Ctrl-C, which all processes of a terminal get, leaves none of them, and says how to go on."""
-    rows = texts(LENGTHS * 2)
+    rows = texts([*LENGTHS, *LENGTHS[:8]])
     source, dumps = write(tmp_path / "in.jsonl", rows), tmp_path / "dumps"
     command = [sys.executable, "-m", "statescope.cli", "batch", str(source), "-m", MODEL, "-o", str(dumps)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

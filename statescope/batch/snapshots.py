@@ -66,11 +66,23 @@ def commit(dumps: str | Path, repository: Any) -> str:
     return str(session.commit(f"{len(new)} of {len(done)} texts are new", metadata=counts))
 
 
-def _repository(given: Any) -> Any:
+def installed() -> Any:
+    """Return Icechunk.
+
+    Raises
+    ------
+    ValueError
+        If it is not installed.
+    """
     try:
         import icechunk
     except ModuleNotFoundError as error:
-        raise ValueError("snapshots need Icechunk: pip install 'statescope-ssm[icechunk]'") from error
+        raise ValueError("commit needs Icechunk: pip install 'statescope-ssm[icechunk]'") from error
+    return icechunk
+
+
+def _repository(given: Any) -> Any:
+    icechunk = installed()
     if isinstance(given, icechunk.Repository):
         return given
     icechunk.set_logs_filter("error")  # it warns of concurrent commits, which nobody makes here
