@@ -86,9 +86,12 @@ def _run(
     store: MemoryStore | Path, plan: Plan, attributes: Mapping[str, Any], former: zarr.Group | None = None
 ) -> None:
     resumed = None if former is None else RecordWriter.resume(store, former, plan.layout)
-    writer = resumed or RecordWriter.create(store, plan.layout, attributes, plan.ids.numpy())
+
+    def open_writer() -> RecordWriter:
+        return resumed or RecordWriter.create(store, plan.layout, attributes, plan.ids.numpy())
+
     kept = None if resumed is None else resumed.read_carry()
-    run(plan, lambda: writer, progress=False, on_disk=True, kept=kept)
+    run(plan, open_writer, progress=False, on_disk=True, kept=kept)
 
 
 def _go_on(store: Any, plan: Plan, attributes: Mapping[str, Any], decisive: Sequence[str]) -> None:
