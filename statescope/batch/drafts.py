@@ -22,8 +22,9 @@ from zarr.storage import MemoryStore
 
 from statescope.batch.places import DRAFTS, KEPT, Dumps
 from statescope.batch.settings import Text
+from statescope.claims import claim
 from statescope.plan import Plan
-from statescope.store import RecordWriter, claim
+from statescope.store import RecordWriter
 from statescope.tracing import run
 
 IN_MEMORY = 256 * 2**20
