@@ -43,8 +43,7 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
         What is to be run.
     backend : str
         ``"auto"`` for the first of :data:`BACKENDS` that serves it, or one of them by name. ``"fused"`` is
-        chosen on a GPU only, and only for one decay per head without an erase term: its kernels for the other
-        structures have so far run in Triton's interpreter alone.
+        chosen on a GPU only.
 
     Raises
     ------
@@ -52,7 +51,7 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
         If the name is unknown or the named kernel does not serve this recurrence; says why.
     """
     if backend == "auto":
-        names = BACKENDS if recurrence.v.is_cuda and _proven(recurrence) else BACKENDS[1:]
+        names = BACKENDS if recurrence.v.is_cuda else BACKENDS[1:]
         return next(name for name in names if _kernel(name).supports(recurrence) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of: auto, {', '.join(BACKENDS)}")
@@ -65,13 +64,8 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
 def on_gpu(recurrence: Recurrence) -> str:
     """Name the kernel that serves a recurrence of this structure where there is a GPU."""
     refused = _kernel("fused").supports(recurrence) or ""
-    served = _proven(recurrence) and (not refused or refused.startswith("the tensors are on"))
+    served = not refused or refused.startswith("the tensors are on")
     return BACKENDS[not served]
-
-
-def _proven(recurrence: Recurrence) -> bool:
-    """Whether the Triton kernels of a structure have been held against float64 on a GPU."""
-    return recurrence.scalar_decay and not recurrence.erases
 
 
 def scan(

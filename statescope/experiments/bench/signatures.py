@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from collections.abc import Callable, Iterator
@@ -30,6 +31,12 @@ PEERS = (PLAIN, "fla", "mamba_ssm")
 
 VERIFIED = 300
 """Tokens held against float64 before anything is timed."""
+
+TUNED = 65536
+"""Tokens on which the peer chooses its configuration, which it keeps for every length."""
+
+SLOW = 16384
+"""Longest text for which the scans in torch are timed on a GPU beside the fused ones."""
 
 LIMITS = {"y": 1e-2, "state_norm worst": 1e-3, "final_state": 1e-4}
 """Largest errors with which timing goes on."""
@@ -82,6 +89,9 @@ def verified(name: str, device: str, dtype: str) -> dict[str, Any]:
         ``errors`` of ours and ``peer_errors``, of its ``y``; ``refused`` instead, with the reason, if ours
         must not be timed.
     """
+    if is_gpu(device):  # the peer tunes itself on its first call, and keeps what it finds
+        with contextlib.suppress(ImportError, RuntimeError):
+            peer_scan(name, draw(name, min(TUNED, SIGNATURES[name].longest), device, as_dtype(dtype)))()
     call = draw(name, VERIFIED, device, as_dtype(dtype))
     r = as_recurrence(name, call)
     want = reference.scan(r)
@@ -113,9 +123,11 @@ def timed(name: str, tokens: int, device: str, dtype: str, rounds: int) -> list[
     call = draw(name, tokens, device, as_dtype(dtype))
     r = as_recurrence(name, call)
     contestants: dict[str, Callable[[], Any]] = {OURS: lambda: scan(r), PLAIN: lambda: scan(r, measure=False)}
-    if choose(r) == "fused":
-        contestants["statescope in torch"] = lambda: chunked.scan(r)
     skipped = []
+    if choose(r) == "fused" and tokens <= SLOW:
+        contestants["statescope in torch"] = lambda: chunked.scan(r)
+    elif choose(r) == "fused":
+        skipped.append(Timing("statescope in torch", skipped=f"too slow: timed to {SLOW:,} tokens"))
     peer = PEER_SCANS[name][0].partition(".")[0]
     try:
         contestants[peer] = peer_scan(name, call)
