@@ -42,10 +42,9 @@ MADE = ("remaining", "through", "states")
 
 STRUCTURES = {
     "gated delta": {"KEYED": False, "PAIRS": False, "ERASES": True},
-    "KDA": {"KEYED": True, "PAIRS": False, "ERASES": True},
     "RWKV-7": {"KEYED": True, "PAIRS": True, "ERASES": True},
 }
-"""Of those that erase; decay per key alone is less of KDA's."""
+"""The two ends: KDA is between them, and decay per key alone is less of it."""
 
 HEADS = {"HEADS": 80, "GROUPS": 1, "KEY": 128, "VALUE": 64}
 
@@ -113,8 +112,6 @@ def erasing(
         ("walk", cut.walk_columns, cut.walk_warps),
         ("read", cut.read_columns, cut.read_warps),
     ):
-        if label == "walk" and structure == "KDA":
-            continue  # the same as the gated delta rule's
         kernel = getattr(fused_erasing_kernels, label)
         described = source(kernel, tiling, "bf16", False, MADE, **asked | {"BV": columns})
         compiled = triton.compile(described, target=where, options={"num_warps": warps})
