@@ -109,8 +109,7 @@ def scan(
         if recurrence.erases or not recurrence.scalar_decay:
             q, k, v = (_by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
             modern = _interpreted() or _bulk_copies(recurrence.v)
-            half = recurrence.v.dtype == torch.bfloat16
-            return fused_erasing.scan(recurrence, q, k, v, outputs, measure, positions, modern, half)
+            return fused_erasing.scan(recurrence, q, k, v, outputs, measure, positions, modern)
         return _Scan(recurrence, outputs, measure).run(positions)
 
 

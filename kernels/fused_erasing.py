@@ -10,9 +10,9 @@ The algebra is that of :mod:`statescope.kernels.keyed` and :mod:`statescope.kern
 
 A chunk is so many *writes* of rank one. A token of the delta rule makes one, :math:`k_t u_t^\top`; with any
 other erase term it makes two, of which the second decays nothing: :math:`a_t z_t^\top` and :math:`k_t
-u_t^\top`. What feeds back into later writes is computed in float32 (three products of its halves for each: in
-bfloat16 where values are, else in tf32); what is only read, in bfloat16 where queries, keys and values are.
-Nothing waits for the device.
+u_t^\top`. What feeds back into later writes is computed by three products of halves for each, in tf32 or,
+where :func:`halves` says so, in bfloat16, which is then also the precision of what is only read. Nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -52,33 +52,30 @@ class Tiling:
     read_warps: int
 
 
-TILES = {
-    "solve": {False: (64, 8), True: (64, 8)},
-    "walk": {False: (32, 4, 2), True: (32, 4, 2)},
-    "read": {False: (64, 8), True: (64, 8)},
-}
-"""Most columns, warps and stages of each launch, by whether keys decay at their own rates."""
+def halves(recurrence: Recurrence) -> bool:
+    """Whether products that feed back take three products of bfloat16 halves, in chunks of 64.
+
+    On a GPU (H200, Triton 3.6) smaller tiles in such chunks were wrong; they are computed in tf32.
+    """
+    r = recurrence
+    return r.v.dtype == torch.bfloat16 and 32 < r.key <= 128 and r.value > 32
 
 
-def tiling(key: int, value: int, keyed: bool, half: bool, modern: bool) -> Tiling:
+def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
     """Choose tiles.
 
     Parameters
     ----------
-    key, value : int
-        Rows and columns of a state.
-    keyed : bool
-        Whether keys decay at their own rates.
+    recurrence : Recurrence
+        What is to be run.
     half : bool
-        Whether values are bfloat16, so that products are.
+        As :func:`halves`.
     modern : bool
         Whether matrix units read shared memory by themselves (compute capability 9 and 10).
     """
-    keys, values = (max(16, 1 << (size - 1).bit_length()) for size in (key, value))
-    if half and modern and keys <= 128:
-        solve, walk, read = (TILES[name][keyed] for name in ("solve", "walk", "read"))
-        solve, walk, read = ((min(values, most), *rest) for most, *rest in (solve, walk, read))
-        return Tiling(64, keys, min(keys, 64), *solve, *walk, *read)
+    keys, values = (max(16, 1 << (n - 1).bit_length()) for n in (recurrence.key, recurrence.value))
+    if half and modern:
+        return Tiling(64, keys, 64, 64, 8, 32, 4, 2, 64, 8)
     some = min(values, 32)
     return Tiling(32 if keys <= 128 else 16, keys, min(keys, 32), some, 4, 16, 4, 1, some, 4)
 
@@ -92,7 +89,6 @@ def scan(
     measure: bool,
     positions: Sequence[int],
     modern: bool,
-    half: bool,
 ) -> ScanOutput:
     """Run a recurrence with decay per key or head, and any erase term.
 
@@ -104,12 +100,13 @@ def scan(
         Its queries, keys and values, with contiguous rows.
     outputs, measure, positions
         As :func:`statescope.kernels.fused.scan`.
-    modern, half : bool
-        Whether matrix units read shared memory by themselves; whether products take bfloat16 operands.
+    modern : bool
+        As :func:`tiling`.
     """
     r = recurrence.replace(q=q, k=k, v=v)
     writes = 1 if r.delta_rule or not r.erases else 2
-    cut = tiling(r.key, r.value, not r.scalar_decay, v.dtype == torch.bfloat16, modern)
+    half = halves(r)
+    cut = tiling(r, half, modern)
     tokens = cut.chunk // writes
     block = tokens * max(1, ROWS // (r.batch * r.heads * cut.chunk))
     found, state = [], r.initial_state
@@ -150,7 +147,6 @@ def _run(
     from . import fused_erasing_kernels
 
     kernels: Any = fused_erasing_kernels
-    nvidia = bool(torch.version.cuda)
     rows, length = writes * r.time, cut.chunk
     chunks = -(-rows // length)
     padded = chunks * length
@@ -160,8 +156,7 @@ def _run(
         return torch.empty(shape, dtype=dtype, device=r.v.device)
 
     heads = (r.batch, r.heads)
-    bf16 = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
-    split = r.v.dtype == torch.bfloat16 and r.v.is_cuda  # into two halves: the interpreter has no bfloat16
+    split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
     rows_of_keys = empty(1 + r.erases, *heads, padded, r.key)  # float32, or two bfloat16 in its place
     remaining, through = rows_of_keys[0], rows_of_keys[-1]
     if split:
@@ -171,7 +166,7 @@ def _run(
     reads = outputs or measure
     states = final
     if reads:
-        states = empty(*heads, chunks, r.key, r.value, dtype=torch.bfloat16 if bf16 else torch.float32)
+        states = empty(*heads, chunks, r.key, r.value, dtype=torch.bfloat16 if split else torch.float32)
     energy = empty(*heads, chunks, blocks, r.key) if measure else kept
     scale = r.log_decay if r.write_scale is None else r.write_scale
     a = r.log_decay if r.a is None else r.a if r.a.stride(-1) == 1 or r.delta_rule else r.a.contiguous()
@@ -180,7 +175,7 @@ def _run(
     tensors = (r.k, *r.k.stride()[:3], r.v, *r.v.stride()[:3], scale, *scale.stride()[:3], *decay)
     sizes = {"HEADS": r.heads, "KEY": r.key, "VALUE": r.value, "L": length}
     kind = {"GROUPS": r.groups, "KEYED": not r.scalar_decay, "PAIRS": writes == 2}
-    exact = {"PRECISION": ("bf16x3" if r.v.dtype == torch.bfloat16 else "tf32x3") if nvidia else "ieee"}
+    exact = {"PRECISION": "tf32x3" if torch.version.cuda else "ieee"}
     scaled = r.write_scale is not None
     kernels.solve[(chunks, r.heads, r.batch)](
         *tensors, b, *b.stride()[:3], a, *a.stride()[:3], remaining, kept, through, values,
@@ -213,7 +208,7 @@ def _run(
             *(each[i] for i in range(3)), sums[3:5] if measure else kept, each[5],
             kept if erased is None else erased,
             rows, padded, chunks, r.batch, **sizes, **kind, **exact, BS=cut.slice, BV=cut.read_columns,
-            BLOCKS=blocks, BF16=bf16, DELTA=erased is not None, OUTPUTS=outputs, MEASURE=measure,
+            BLOCKS=blocks, BF16=split, DELTA=erased is not None, OUTPUTS=outputs, MEASURE=measure,
             HAS_SCALE=scaled, HAS_SKIP=r.skip is not None, num_warps=cut.read_warps,
         )  # fmt: skip
     steps = _steps(r, sums, writes) if measure else None

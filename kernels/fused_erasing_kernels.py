@@ -524,7 +524,7 @@ def read(
     entries = tl.zeros((BS, 1), tl.float32)
     if KEYED:
         gram = tl.zeros((L, L), tl.float32)
-    if DELTA and HAS_SCALE:
+    if DELTA and KEYED and HAS_SCALE:
         scale += batch * w_b + first * w_t + head * w_h
         weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
     v += batch * v_b + first * v_t + head * v_h
@@ -578,12 +578,14 @@ def read(
             else:
                 found = _dot(gram, u, found * since[:, None], BF16, PRECISION)
                 crossed += _along(u * found)
-            if DELTA:
+            if DELTA and KEYED:
                 vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
                 vt = vt.to(tl.float32)
                 if HAS_SCALE:
                     vt *= weight[:, None]
                 removed += _along((written_here - vt) * (written_here - vt))
+            if DELTA and not KEYED:
+                removed += _along(found * found)  # exactly nothing where there is nothing to erase
             if PAIRS:
                 before = values + (rows[:, None] - 1) * VALUE + columns[None, :]
                 beside += _along(u * tl.load(before, mask=there, other=0.0))
@@ -670,5 +672,8 @@ def read(
             tl.store(both + at + of_rows, tl.sum(twice, 1), mask=here)
         if DELTA:
             rate = tl.load(a + rows * a_t, mask=here, other=0.0).to(tl.float32)
-            tl.store(erased + at + of_rows, tl.sum(tl.sqrt(key_squares * removed) + mark, 1), mask=here)
+            norm = tl.sum(tl.sqrt(key_squares * removed) + mark, 1)
+            if not KEYED:
+                norm *= tl.abs(rate)
+            tl.store(erased + at + of_rows, norm, mask=here)
             tl.store(erased + whole + at + of_rows, -rate * tl.sum(key_squares, 1), mask=here)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,6 +27,7 @@ from statescope.kernels import (
     loss_kernels,
     window_kernels,
 )
+from statescope.recurrence import Recurrence
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INTEGERS = {
@@ -47,6 +49,10 @@ STRUCTURES = {
 """The two ends: KDA is between them, and decay per key alone is less of it."""
 
 HEADS = {"HEADS": 80, "GROUPS": 1, "KEY": 128, "VALUE": 64}
+
+
+SHAPE = Recurrence(*(torch.empty(1, 1, 1, HEADS[n], device="meta") for n in ("KEY", "KEY", "VALUE")),
+                   torch.empty(1, 1, 1, device="meta"))  # fmt: skip
 
 
 def source(
@@ -100,7 +106,7 @@ def erasing(
     structure: str, constants: dict[str, bool], target: str, backend: str, where: GPUTarget
 ) -> dict[str, dict[str, int]]:
     """Compile the kernels of a structure that erases, or whose keys decay, with bfloat16 values."""
-    cut = fused_erasing.tiling(HEADS["KEY"], HEADS["VALUE"], constants["KEYED"], True, target == "sm_90")
+    cut = fused_erasing.tiling(SHAPE, True, target == "sm_90")
     asked = {name: True for name in ("OUTPUTS", "MEASURE", "HAS_SKIP", "HAS_INITIAL", "STORE")}
     asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "SPLIT": True, "PRECISION": "ieee"}
     asked |= constants | {"DELTA": constants["ERASES"] and not constants["PAIRS"]}

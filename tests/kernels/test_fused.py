@@ -20,6 +20,7 @@ from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, er
 from statescope.kernels import fused, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
+from statescope.scan import on_gpu
 
 needs("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
@@ -193,6 +194,18 @@ def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         fused.scan(r.replace(log_decay=per_entry))
     monkeypatch.setattr(fused, "_interpreted", lambda: False)
     assert "not on a GPU" in fused.supports(Recurrence(**{n: t.cpu() for n, t in r.tensors().items()}))
+
+
+def test_auto_keeps_to_what_a_gpu_has_run() -> None:
+    wide = Case(1, key=64, value=64, dtype=torch.bfloat16)
+    for structure in ({"keyed": True}, {"keyed": True, "erase": True}, {"delta": True}):
+        r = draw(dataclasses.replace(wide, **structure), "cpu")
+        assert on_gpu(r) == "fused"
+        assert on_gpu(r.replace(k=r.k.float())) == on_gpu(r.to(torch.float32)) == "chunked"
+        assert on_gpu(draw(dataclasses.replace(wide, key=129, **structure), "cpu")) == "chunked"
+    plain = draw(dataclasses.replace(wide, value=300), "cpu")
+    assert on_gpu(plain) == on_gpu(plain.to(torch.float32)) == "fused"
+    assert on_gpu(draw(Case(1, key=257), "cpu")) == "chunked"
 
 
 class Compiled:
