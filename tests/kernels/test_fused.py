@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, reference
+from statescope.kernels import fused, fused_erasing, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
 from statescope.scan import on_gpu
@@ -194,6 +194,16 @@ def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         fused.scan(r.replace(log_decay=per_entry))
     monkeypatch.setattr(fused, "_interpreted", lambda: False)
     assert "not on a GPU" in fused.supports(Recurrence(**{n: t.cpu() for n, t in r.tensors().items()}))
+
+
+@pytest.mark.parametrize("structure", ["delta", "erase"])
+def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long text is worked on stretch by stretch, here of one chunk."""
+    monkeypatch.setattr(fused_erasing, "ROWS", 1)
+    r = draw(Case(70, heads=1, initial=True, **{structure: True}), DEVICE)
+    positions = (69, 0, 40)
+    check(r, fused.scan(r, positions=positions), positions)
+    check(r, fused.scan(r, outputs=False), ())
 
 
 def test_auto_keeps_to_what_a_gpu_has_run() -> None:
