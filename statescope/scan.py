@@ -44,9 +44,9 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
         What is to be run.
     backend : str
         ``"auto"`` for the first of :data:`BACKENDS` that serves it, or one of them by name. ``"fused"`` is
-        chosen on a GPU only, and where keys decay or something is erased only for bfloat16 queries, keys and
-        values of 33 to 128 keys and more than 32 values, on compute capability 9: what was held against
-        float64 there.
+        chosen on a GPU only, and where keys decay or something is erased only for what was held against
+        float64 there: bfloat16 queries, keys and values, 33 to 128 keys and more than 32 values, on compute
+        capability 9, and not the delta rule with one decay per head.
 
     Raises
     ------
@@ -80,7 +80,8 @@ def _proven(recurrence: Recurrence) -> bool:
     if r.v.is_cuda and (not torch.version.cuda or torch.cuda.get_device_capability(r.v.device)[0] != 9):
         return False
     half = all(x.dtype == torch.bfloat16 for x in (r.q, r.k, r.v))
-    return half and 32 < r.key <= 128 and r.value > 32
+    changed_since = r.scalar_decay and r.delta_rule
+    return half and 32 < r.key <= 128 and r.value > 32 and not changed_since
 
 
 def scan(

@@ -208,7 +208,8 @@ def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_keeps_to_what_a_gpu_has_run() -> None:
     wide = Case(1, key=64, value=64, dtype=torch.bfloat16)
-    for structure in ({"keyed": True}, {"keyed": True, "erase": True}, {"delta": True}):
+    assert on_gpu(draw(dataclasses.replace(wide, delta=True), "cpu")) == "chunked"
+    for structure in ({"keyed": True}, {"keyed": True, "erase": True}, {"keyed": True, "delta": True}):
         r = draw(dataclasses.replace(wide, **structure), "cpu")
         assert on_gpu(r) == "fused"
         assert on_gpu(r.replace(k=r.k.float())) == on_gpu(r.to(torch.float32)) == "chunked"
