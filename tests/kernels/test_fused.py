@@ -20,7 +20,7 @@ from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, er
 from statescope.kernels import fused, fused_erasing, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
-from statescope.scan import on_gpu
+from statescope.scan import choose, on_gpu
 
 needs("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
@@ -43,6 +43,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(fused, "BULK_ROWS", 0)
+    monkeypatch.setattr(fused_erasing, "ON_GPU", True)
     yield
 
 
@@ -206,15 +207,15 @@ def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(r, fused.scan(r, outputs=False), ())
 
 
-def test_auto_keeps_to_what_a_gpu_has_run() -> None:
-    wide = Case(1, key=64, value=64, dtype=torch.bfloat16)
-    assert on_gpu(draw(dataclasses.replace(wide, delta=True), "cpu")) == "chunked"
-    for structure in ({"keyed": True}, {"keyed": True, "erase": True}, {"keyed": True, "delta": True}):
-        r = draw(dataclasses.replace(wide, **structure), "cpu")
-        assert on_gpu(r) == "fused"
-        assert on_gpu(r.replace(k=r.k.float())) == on_gpu(r.to(torch.float32)) == "chunked"
-        assert on_gpu(draw(dataclasses.replace(wide, key=129, **structure), "cpu")) == "chunked"
-    plain = draw(dataclasses.replace(wide, value=300), "cpu")
+def test_a_gpu_is_spared_what_is_not_right_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_interpreted", lambda: False)
+    monkeypatch.setattr(fused_erasing, "ON_GPU", False)
+    for structure in ("keyed", "delta", "erase"):
+        r = draw(Case(1, key=64, value=64, **{structure: True}), "cpu")
+        assert on_gpu(r) == "chunked"
+        with pytest.raises(ValueError, match=r"not served on a GPU yet; use backend='auto'"):
+            choose(r, "fused")
+    plain = draw(Case(1, key=64, value=300, dtype=torch.bfloat16), "cpu")
     assert on_gpu(plain) == on_gpu(plain.to(torch.float32)) == "fused"
     assert on_gpu(draw(Case(1, key=257), "cpu")) == "chunked"
 
