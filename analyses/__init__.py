@@ -15,6 +15,7 @@ from statescope.analyses.attention import (
 from statescope.analyses.corpus import by_text, corpus, text_of, texts
 from statescope.analyses.erase import erase
 from statescope.analyses.forgetting import forgetting, memory_span
+from statescope.analyses.growth import crossings, loss_growth
 from statescope.analyses.laws import fit_laws
 from statescope.analyses.loss import loss_by_position
 from statescope.analyses.memories import live_memories, memories
@@ -34,6 +35,7 @@ __all__ = [
     "by_text",
     "contribution_of",
     "corpus",
+    "crossings",
     "effective_state_size",
     "erase",
     "fit_laws",
@@ -44,6 +46,7 @@ __all__ = [
     "learned_to_forget",
     "live_memories",
     "loss_by_position",
+    "loss_growth",
     "mean_distance",
     "memories",
     "memory_span",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from statescope.analyses.growth import crossings, loss_growth, trend
 from statescope.analyses.laws import fit_laws
 from statescope.analyses.predictors import predictors
 from statescope.analyses.runs import FAR, final
@@ -18,6 +19,7 @@ from statescope.analyses.thresholds import (
     context_lengths,
     learned_to_forget,
     passkey_lengths,
+    passkey_shares,
     recall_lengths,
     recent_recall,
     thresholds,
@@ -52,9 +54,12 @@ def findings(
     -------
     list of dict
         For each kind: what it is, ``runs``, ``forget`` and ``recall`` (each with ``points`` and, of three
-        points or more that are known and not all equal, ``laws``), ``recall_falls``, the fall of recent
+        points or more that are known and not all equal, ``laws``), ``growth``, the same of the training
+        length at which the loss beyond it grows by the paper's factor, ``recall_falls``, the fall of recent
         recall by state and training length (over seeds), and ``predictors`` of the context in which recent
-        pairs are recalled; each value a dataset as :meth:`xarray.Dataset.to_dict` gives it.
+        pairs are recalled; each value a dataset as :meth:`xarray.Dataset.to_dict` gives it. ``trends``: with
+        the state size, at the same training length, of the growth, of retention and live memories over the
+        training length, and of the passkeys recalled inside and beyond it.
     """
     said = []
     for kind, runs in budgets(table):
@@ -62,12 +67,15 @@ def findings(
         points = thresholds(forgets, size)
         lengths = passkey_lengths(runs) if "passkeys" in runs else recall_lengths(runs, RECALLED, far=far)
         recalled = best_recall(lengths.isel(run=lengths.notnull().values), size)
-        both = recent_recall(runs, far)
+        both, growth = recent_recall(runs, far), loss_growth(runs, far)
         found: dict[str, Any] = {"criterion": {"within": within, "far": far, "recalled": RECALLED}}
         found |= {**kind, "runs": runs.sizes["run"], "size": size}
         found["forget"] = _with_laws(points, "threshold", ("low", "high"))
+        found["growth"] = _with_laws(crossings(growth, size), "threshold", ("low", "high"))
         found["recall"] = _with_laws(recalled, "length", ("low", "high"))
         found["recall_falls"] = _plain(_by_cell((both["inside"] - both["far"]).rename("fall"), size))
+        outcomes = {"growth": growth} | _trending(runs)
+        found["trends"] = {n: _json(trend(of, size)) for n, of in outcomes.items()}
         if runs.sizes["run"] >= 3:
             found["predictors"] = _plain(predictors(runs, context_lengths(runs, within)))
         said.append(found)
@@ -104,17 +112,28 @@ def _by_cell(values: xr.DataArray, size: str) -> xr.Dataset:
     )
 
 
-def _plain(dataset: xr.Dataset) -> dict[str, Any]:
-    """As JSON can hold it: five digits, and None for what is not finite."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        if isinstance(value, float):
-            return float(f"{value:.5g}") if np.isfinite(value) else None
-        return value
-
-    found: dict[str, Any] = plain(dataset.to_dict())
+def _trending(runs: xr.Dataset) -> dict[str, xr.DataArray]:
+    """What may rise or fall with the state size: of states, the head with most."""
+    names = ("inside_retention", "inside_live_memories")
+    found = {n.removeprefix("inside_"): runs[n].max(("layer", "head")) for n in names if n in runs}
+    if "passkeys" in runs:
+        shares = passkey_shares(runs)
+        found |= {f"passkeys_{part}": shares[part] for part in ("inside", "beyond")}
     return found
+
+
+def _plain(dataset: xr.Dataset) -> dict[str, Any]:
+    """As JSON can hold it."""
+    found: dict[str, Any] = _json(dataset.to_dict())
+    return found
+
+
+def _json(value: Any) -> Any:
+    """Five digits, and None for what is not finite."""
+    if isinstance(value, dict):
+        return {str(k): _json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if np.isfinite(value) else None
+    return value

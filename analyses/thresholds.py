@@ -192,6 +192,19 @@ def passkey_lengths(table: xr.Dataset, threshold: float = 0.95) -> xr.DataArray:
     return xr.DataArray(longest, table["state_numbers"].coords, ("run",), "recall_length", attrs)
 
 
+def passkey_shares(table: xr.Dataset, times: int = 8) -> xr.Dataset:
+    """Share of passkeys recalled at all depths, in prompts ``inside`` and ``beyond`` training, (run).
+
+    Beyond are prompts longer than the training length, up to ``times`` it.
+    """
+    if "passkeys" not in table:
+        raise ValueError("table has no passkeys; ask for them when the sweep is run")
+    accuracy, length, trained = table["passkeys"].mean("depth"), table["length"], table["train_length"]
+    is_beyond = (length > trained) & (length <= times * trained)
+    parts = {"inside": length <= trained, "beyond": is_beyond}
+    return xr.Dataset({name: accuracy.where(part).mean("length") for name, part in parts.items()})
+
+
 def context_lengths(table: xr.Dataset, within: float = WITHIN, recent: int = RECENT) -> xr.DataArray:
     """Longest context in which a run still recalls what is recent, (run), in tokens.
 

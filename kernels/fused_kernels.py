@@ -14,6 +14,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+LENGTHS = ["TIME", "CHUNKS", "LENGTH", "SPANS", "BATCH"]
+"""Arguments for whose special values (1, multiples of 16) no kernel is compiled: texts are of any length."""
+
 SMALLEST_LOG = tl.constexpr(-150.0)
 """exp2 of it is 0 in float32, so clamping there changes nothing and keeps -inf - (-inf) out."""
 
@@ -46,7 +49,7 @@ def _bounded(log_decay):
     return tl.where(g < SMALLEST_LOG, SMALLEST_LOG, g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def lay_rows(x, x_b, x_d, y, TIME, WIDTH, BT: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """Copy (batch, width, time), contiguous in time, to (batch, time, width), contiguous in width.
 
@@ -61,7 +64,7 @@ def lay_rows(x, x_b, x_d, y, TIME, WIDTH, BT: tl.constexpr, BD: tl.constexpr):  
     tl.store(y, tl.trans(tile), mask=tl.trans(inside))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def prepare(
     log_decay, g_b, g_t, g_h, scale, w_b, w_t, w_h, k, k_b, k_t, k_g,
     run, weight, key_square, key_sum,
@@ -102,7 +105,7 @@ def prepare(
             tl.store(key_sum + at, tl.sum(tile, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def write_spans(
     k, k_b, k_t, k_g, v, v_b, v_t, v_h, run, weight, key_sum, ends,
     written, decay, value_square, value_sum, chunk_total, chunk_decay,
@@ -185,7 +188,7 @@ def write_spans(
         tl.store(decay + at, forgotten)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def pass_states(
     states, decay, initial, final, spoiled, energy, total, SPANS,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HAS_INITIAL: tl.constexpr,
@@ -221,7 +224,7 @@ def pass_states(
     tl.store(final + row * SIZE + entries, state, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def read_spans(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, v, v_b, v_t, v_h, run, weight, states, skip,
     y, cross, written,
@@ -320,7 +323,7 @@ def read_spans(
         boundary += HEADS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def step_spoiled(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, v, v_b, v_t, v_h, log_decay, g_b, g_t, g_h, scale, w_b, w_t, w_h,
     states, spoiled, skip, y,
@@ -378,7 +381,7 @@ def step_spoiled(
             y += HEADS * VALUE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def measure_steps(
     log_decay, g_b, g_t, g_h, scale, w_b, w_t, w_h,
     key_square, key_sum, value_square, value_sum, cross,

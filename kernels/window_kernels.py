@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TIME"])
 def thin_windows(
     steps, out, TIME, HEADS, WINDOW, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip

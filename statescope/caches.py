@@ -31,6 +31,12 @@ class StateTensors:
 
 Cache = DynamicCache | InferenceCache | StateTensors
 
+OF_ALL_LAYERS = ("linear_cache", "position_ids")
+"""Where caches keep what belongs to no layer alone: MiniMax's states; qwen4_exp's positions, until 5.17."""
+
+BY_SINGLE_TOKENS = {"fla.layers.mamba", "fla.layers.mamba3"}
+"""Modules whose layers refuse to go on by several tokens."""
+
 KEYWORDS = ("cache_params", "past_key_values", "inference_params", "state")
 """Names under which models take their cache; the last but one is mamba_ssm's, the last rwkv's."""
 
@@ -169,16 +175,22 @@ def refuse_segments(model: nn.Module) -> None:
     ------
     ValueError
         If it has attention layers of mamba_ssm: these go on by single tokens, and in torch's attention not
-        even then with a mask that fits; names ``segment``.
+        even then with a mask that fits; or layers of fla that call mamba_ssm's scans, and go on by single
+        tokens too. Names ``segment``.
     """
-    if keyword(model) != "inference_params":
-        return
-    depths = {int(m.layer_idx) for m in model.modules() if hasattr(m, "layer_idx")}  # type: ignore[arg-type]
-    others = sorted(depths - set(mixers(model)))
-    if others:
+    reason = None
+    if {type(mixer).__module__ for mixer in mixers(model).values()} & BY_SINGLE_TOKENS:
+        reason = "layers that go on from an earlier segment by single tokens only"
+    elif keyword(model) == "inference_params":
+        depths = {int(m.layer_idx) for m in model.modules() if hasattr(m, "layer_idx")}  # type: ignore[arg-type]
+        others = sorted(depths - set(mixers(model)))
+        reason = (
+            f"attention at layers {others}, which cannot go on from an earlier segment" if others else None
+        )
+    if reason is not None:
         raise ValueError(
-            f"model is a {type(model).__name__} with attention at layers {others}, which cannot go on from an"
-            " earlier segment; pass segment= the length of the text, so that it is read in one"
+            f"model is a {type(model).__name__} with {reason}; pass segment= the length of the text, so that"
+            " it is read in one"
         )
 
 
@@ -186,14 +198,14 @@ def unpack(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take a cache apart: its tensors by path, and by layer all else as JSON can hold it."""
     tensors: dict[str, Tensor] = {}
     if isinstance(cache, InferenceCache):
-        for depth, (last_inputs, state) in cache.key_value_memory_dict.items():
-            tensors |= {f"{depth}/inputs": last_inputs, f"{depth}/state": state}
+        for depth, kept in cache.key_value_memory_dict.items():
+            tensors |= {f"{depth}/{i}": x for i, x in enumerate(kept)}
         return tensors, {}
     if isinstance(cache, StateTensors):
         return dict(cache.tensors), {}
     layers = [_take_apart(vars(layer), f"{i}", tensors) for i, layer in enumerate(cache.layers)]
-    linear = _take_apart(getattr(cache, "linear_cache", None), "linear", tensors)  # MiniMax's
-    return tensors, {"layers": layers, "linear": linear}
+    shared = {name: getattr(cache, name) for name in OF_ALL_LAYERS if hasattr(cache, name)}
+    return tensors, {"layers": layers, "shared": _take_apart(shared, "shared", tensors)}
 
 
 def _take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -228,8 +240,9 @@ def _put_together(value: Any, tensors: dict[str, Tensor], device: torch.device) 
 def restore(cache: Cache, tensors: dict[str, Tensor], plain: dict[str, Any], device: torch.device) -> None:
     """Fill a fresh cache with what :func:`unpack` gave; the tensors are on the device already."""
     if isinstance(cache, InferenceCache):
-        for depth in {int(path.split("/")[0]) for path in tensors}:
-            cache.key_value_memory_dict[depth] = (tensors[f"{depth}/inputs"], tensors[f"{depth}/state"])
+        for path in sorted(tensors, key=lambda path: [int(part) for part in path.split("/")]):
+            depth, kept = int(path.split("/")[0]), cache.key_value_memory_dict
+            kept[depth] = (*kept.get(depth, ()), tensors[path])
         return
     if isinstance(cache, StateTensors):
         cache.tensors = dict(tensors)
@@ -239,6 +252,4 @@ def restore(cache: Cache, tensors: dict[str, Tensor], plain: dict[str, Any], dev
         layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
     for layer, described in zip(layers, plain["layers"], strict=True):
         vars(layer).update(_put_together(described, tensors, device))
-    if plain["linear"] is not None:
-        own: Any = cache
-        own.linear_cache = _put_together(plain["linear"], tensors, device)
+    vars(cache).update(_put_together(plain["shared"], tensors, device))

@@ -82,8 +82,9 @@ def capture(model: nn.Module, handler: Handler) -> Iterator[None]:
                 holder, name = adapter.place(mixer) if adapter.owner else (home, adapter.function)
                 stack.enter_context(_patched(holder, name, partial(_intercepting, adapter, holder)))
             kind: Any = type(mixer)
-            if _takes_inference_params(kind):
-                stack.enter_context(_extended(mixer.get_submodule("conv1d")))
+            convolution = getattr(mixer, "conv1d", None)
+            if _takes_inference_params(kind) and convolution is not None:
+                stack.enter_context(_extended(convolution))
                 if getattr(home, CONVOLUTION, None) is not None:
                     stack.enter_context(_patched(home, CONVOLUTION, _extending))
         yield
@@ -196,16 +197,20 @@ def _intercepting(adapter: Adapter, holder: Any, own: Callable[..., Any]) -> Cal
             )
         current.called = True
         if current.entering is not None and not adapter.forgets:
-            kwargs["initial_states"] = current.entering.state
+            kwargs |= adapter.told(current.entering.states)
         run, mirror_dtype = own, not fused
         if fused and _on_cpu(*args, *kwargs.values()):  # where mamba_ssm cannot run, and torch can
             run, mirror_dtype = own.__wrapped__, True  # type: ignore[attr-defined]
         untold = {"entering": _kept_state(current)} if adapter.forgets else {}
         call = adapter.read(mirror_dtype, *before, *args, **untold, **kwargs)
-        complete = call.complete or (lambda result: result)
+
+        def run_own() -> Any:
+            result = call.own(run) if call.own else run(*args, **kwargs)
+            return call.complete(result) if call.complete else result
+
         if parts is not None:
-            return parts.take(call, lambda: complete(run(*args, **kwargs)))
-        return current.handler(current.layer, call, lambda: complete(run(*args, **kwargs)))
+            return parts.take(call, run_own)
+        return current.handler(current.layer, call, run_own)
 
     return intercepted
 
@@ -213,7 +218,7 @@ def _intercepting(adapter: Adapter, holder: Any, own: Callable[..., Any]) -> Cal
 def _kept_state(current: _Current) -> Tensor | None:
     """The recurrent state that the model's cache holds; None at the start of a text."""
     if current.entering is not None:
-        return current.entering.state
+        return current.entering.states[1]
     if current.cache is None or current.layer >= len(current.cache.layers):
         return None
     state: Tensor | None = current.cache.layers[current.layer].recurrent_states[0]

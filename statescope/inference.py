@@ -2,8 +2,9 @@
 
 mamba_ssm goes on from a state one token at a time. With ``seqlen_offset`` 0 its mixers read any number
 of tokens, but as if nothing came before: the convolution pads with zeros, the scan starts from zero, and
-both final states overwrite the former ones. What is missing is supplied from outside, while a capture is
+the final states overwrite the former ones. What is missing is supplied from outside, while a capture is
 active (:mod:`statescope.capture`): the inputs before the segment to the convolution, the state to the scan.
+Mamba-3 has no convolution, and four states that its scan is given (:mod:`statescope.adapters.mamba3`).
 """
 
 from __future__ import annotations
@@ -21,22 +22,20 @@ class Entering:
 
     Attributes
     ----------
-    inputs : Tensor, (batch, channel, d_conv)
-        The last inputs of the convolution.
-    state : Tensor, (batch, heads, head_dim, d_state), float32
-        The recurrent state.
-    kept : Tensor, (batch, channel, d_conv)
-        Where the mixer keeps the last inputs for the next segment.
+    states : tuple of Tensor
+        What the mixer kept: the last inputs of the convolution, (batch, channel, d_conv), and the recurrent
+        state, (batch, heads, head_dim, d_state), float32; of Mamba-3 angle, state, key and value.
+    kept : tuple of Tensor
+        Where the mixer keeps the same for the next segment.
     """
 
-    inputs: Tensor
-    state: Tensor
-    kept: Tensor
+    states: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
 
     @property
     def context(self) -> int:
         """Inputs from before the segment that the convolution reads."""
-        return self.inputs.shape[-1] - 1
+        return self.states[0].shape[-1] - 1
 
     def extend(self, x: Tensor) -> Tensor:
         """Put the inputs before a segment in front of it, (batch, channel, time), and keep the last of both.
@@ -44,13 +43,13 @@ class Entering:
         The time axis stays where it was in memory, so that the convolution takes the path it always takes
         and finds its data aligned.
         """
-        before = self.inputs[..., 1:].to(x.dtype)
+        before = self.states[0][..., 1:].to(x.dtype)
         if x.stride(1) == 1:
             joined = torch.cat([before.transpose(1, 2), x.transpose(1, 2)], 1).transpose(1, 2)
         else:
             joined = torch.cat([before, x], -1)
         # The mixer has kept the segment alone, with zeros before it where it is shorter than this.
-        self.kept.copy_(joined[..., -self.kept.shape[-1] :])
+        self.kept[0].copy_(joined[..., -self.kept[0].shape[-1] :])
         return joined
 
 
@@ -63,15 +62,15 @@ class InferenceCache:
 
     Attributes
     ----------
-    key_value_memory_dict : dict of int to (Tensor, Tensor)
-        By layer, the last inputs of the convolution and the recurrent state.
+    key_value_memory_dict : dict of int to tuple of Tensor
+        By layer, what its mixer keeps; see :class:`Entering`.
     max_seqlen : int
         Tokens for which attention layers make room.
     seqlen_offset, batch_size_offset, lengths_per_sample
         Always as at the start of a text.
     """
 
-    key_value_memory_dict: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    key_value_memory_dict: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     max_seqlen: int = 1
     seqlen_offset: int = 0
     batch_size_offset: int = 0
@@ -82,10 +81,9 @@ class InferenceCache:
         former = self.key_value_memory_dict.get(layer)
         if former is None:
             allocate: Any = mixer.allocate_inference_cache
-            inputs, state = allocate(batch, self.max_seqlen)
-            self.key_value_memory_dict[layer] = (inputs, state.float())
+            first, *others = allocate(batch, self.max_seqlen)
+            self.key_value_memory_dict[layer] = (first, *(x.float() for x in others))
             return None
-        inputs, state = former
-        kept = torch.empty_like(inputs)
-        self.key_value_memory_dict[layer] = (kept, torch.empty_like(state))
-        return Entering(inputs, state, kept)
+        kept = tuple(torch.empty_like(x) for x in former)
+        self.key_value_memory_dict[layer] = kept
+        return Entering(former, kept)

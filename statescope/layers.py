@@ -60,16 +60,11 @@ def _scans_of(kind: type) -> tuple[ModuleType, list[str]] | None:
         home = sys.modules.get(cls.__module__)
         if home is None:
             continue
-        called = {name for member in vars(cls).values() for name in _names_used(member)}
-        names = [
-            name
-            for name, adapter in ADAPTERS.items()
-            if (
-                adapter.owner == cls.__name__
-                if adapter.owner
-                else name in called and callable(vars(home).get(name))
-            )
-        ]
+        known = (cls.__name__, f"{cls.__module__}.{cls.__name__}")
+        names = [name for name, adapter in ADAPTERS.items() if adapter.owner in known]
+        if not names:
+            called = {name for member in vars(cls).values() for name in _names_used(member)}
+            names = [name for name in ADAPTERS if name in called and callable(vars(home).get(name))]
         if names:
             return home, names
     return None

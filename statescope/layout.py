@@ -12,7 +12,7 @@ from statescope.schema import Variable, group_variables
 SHARD_BYTES = 64 * 2**20
 """Upper bound of one variable's shard, uncompressed."""
 
-PARTS, SMALL_SHARD_BYTES = 3, 2 * 2**20
+PARTS, SMALL_SHARD_BYTES = 6, 2**20
 """Writes over which a record is spread, by layers where it has fewer commits, and the size not split further:
 what is written before the end is written beside the reading."""
 

@@ -65,7 +65,7 @@ def load(
     kind = as_dtype(dtype or torch.float32)
     try:
         if "model_type" in config:
-            model = _load_transformers(folder, kind, trust_remote_code)
+            model = _load_transformers(folder, config["model_type"], kind, trust_remote_code)
         elif "d_model" in config and "n_layer" in config:
             model = _load_mamba_ssm(folder, config, kind)
         else:
@@ -124,12 +124,15 @@ def _folder(name: str) -> Path:
         ) from error
 
 
-def _load_transformers(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+def _load_transformers(folder: Path, model_type: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as known
 
     loaded: Any
+    sees = known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind: Any = AutoModelForImageTextToText if model_type in sees else AutoModelForCausalLM
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = kind.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except OSError as error:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from statescope.anatomy import Anatomy
 from statescope.layout import Layout, shard_tokens
 from statescope.live import digest, settings_of
-from statescope.reader import Edit
+from statescope.reader import Edit, predicts_next_token
 from statescope.schema import SCHEMA_VERSION
 from statescope.watch import Watch
 
@@ -94,6 +94,7 @@ class Plan:
             "model_id": self.model_id,
             "model_type": str(getattr(config, "model_type", type(self.model).__module__.split(".")[0])),
             "train_length": train_length,
+            "predicts_next_token": predicts_next_token(self.model),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "device": str(next(self.model.parameters()).device),
             "backend": self.anatomy.backend,

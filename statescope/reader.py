@@ -84,6 +84,8 @@ class Reader:
         logits, targets = self._forward(carry, stop, segment.on_scan)
         loss = self._loss(logits, targets, carry, stop)
         known = loss if segment.start else torch.cat([torch.zeros_like(loss[:, :1]), loss[:, 1:]], 1)
+        if not predicts_next_token(self.model):
+            known = torch.zeros_like(loss)  # missing on purpose, which is no reason to warn
         sink.take_loss(segment.start, loss, suspect(known[None, ..., None]))
         carry.position = stop
 
@@ -105,6 +107,8 @@ class Reader:
 
     def _loss(self, logits: Tensor, targets: Tensor, carry: Carry, stop: int) -> Tensor:
         """Loss of every token of the segment; that of the token after it waits in the carry."""
+        if not predicts_next_token(self.model):
+            return torch.full((len(self.ids), stop - carry.position), torch.nan, device=self.device)
         predicted = token_loss(logits[:, : targets.shape[1]].flatten(0, 1), targets.flatten())
         predicted = predicted.view(targets.shape)
         first = carry.pending_loss
@@ -114,6 +118,11 @@ class Reader:
         length = stop - carry.position
         carry.pending_loss = known[:, length] if known.shape[1] > length else None
         return known[:, :length]
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Say whether a model's logits predict the next token; where its checkpoint says no, there is no loss."""
+    return bool(getattr(model.config, "predicts_next_token", True))
 
 
 class _Segment:

@@ -31,6 +31,10 @@ WRITERS = max(2, min(8, os.cpu_count() or 1))
 IN_FLIGHT = 4 * WRITERS
 """Writes on their way; each is one variable's shard."""
 
+AHEAD = 0.75
+"""Part of a segment's layers that are launched before the record is opened: a device has work enough by then
+not to run dry meanwhile, and what is measured so far can be written while it computes the rest."""
+
 
 class Writer(Protocol):
     """What takes a record: a store, or memory."""
@@ -74,8 +78,8 @@ class Recorder:
     Parameters
     ----------
     open_writer : callable
-        Opens what the record goes to. It takes a while, so it is called when the device has work waiting; a
-        thread of its own would only take turns with the launching.
+        Opens what the record goes to. It takes a while, so it is called when the device has work waiting
+        (:data:`AHEAD`); a thread of its own would only take turns with the launching.
     by_shards : bool
         Whether a write should be a whole shard; else it is a layer.
     layout : Layout
@@ -152,6 +156,8 @@ class Recorder:
         now.suspects.append((measured.start, row, measured.suspect))
         if measured.stop == now.stop and place == layers - 1:
             self._write(group, self._arrival())
+        if row + 1 >= AHEAD * len(self._watch.layers):
+            self._open()
 
     def take_loss(self, start: int, loss: Tensor, suspect: Suspect) -> None:
         """Take the loss of every token of one segment."""
@@ -165,7 +171,6 @@ class Recorder:
 
     def commit(self, carry: Callable[[], bytes] | None) -> None:
         """Commit the interval; ``carry`` is None at the end of the text."""
-        self._open()  # all of the interval is launched; left until buffers run out, nothing would be safe
         now, former = self._now, self._last_commit
         waiting = [*now.writes] if former is None else [former, *now.writes]
         now.suspects = self._suspects_to_host(now.suspects)

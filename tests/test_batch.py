@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import sqlite3
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+import zarr
 from conftest import needs
 from tiny import assert_close, assert_identical, build
 from typer.testing import CliRunner
 
 import statescope
 from statescope import analyses
+from statescope.batch import drafts
 from statescope.batch import inputs as reading
 from statescope.batch import work as working
 from statescope.batch.command import Summary, batch
@@ -31,6 +36,8 @@ from statescope.batch.places import Dumps, without_secrets
 from statescope.batch.settings import Facts, Settings, Text
 from statescope.batch.work import look, work
 from statescope.cli import app
+from statescope.experiments.bench.settings import Settings as BenchSettings
+from statescope.store import RecordWriter
 
 needs("distributed")
 
@@ -152,7 +159,8 @@ def test_poisoned_text_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise RuntimeError("device-side trouble")
         return own(plan, *args, **options)
 
-    monkeypatch.setattr(working, "run", breaks)
+    for module in (working, drafts):
+        monkeypatch.setattr(module, "run", breaks)
     rows = [*texts([100, 95, 90]), {"id": "ids", "text": [1, 999]}, {"id": "bad", "text": "#" * 97}]
     rows.append({"id": "short", "text": "abc"})
     found = {o.id: o for o in outcomes(rows, tmp_path, Settings(MODEL, device="cpu", snapshots=(50,)))}
@@ -174,6 +182,46 @@ def test_non_finite_values_are_each_texts_own(tmp_path: Path, monkeypatch: pytes
     assert [o.status for o in found] == ["done", "done"]
     assert one(tmp_path, "good").attrs["first_nonfinite"] is None
     assert one(tmp_path, "bad").attrs["first_nonfinite"]["token"] == 30
+
+
+class Killed(BaseException):
+    """Stands for the end of a worker."""
+
+
+def test_long_text_goes_on_where_its_worker_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its last commit; a text that has changed begins anew; nothing is left but the record."""
+    monkeypatch.setattr("statescope.layout.SHARD_TOKENS", 100)
+    settings = Settings(MODEL, device="cpu", backend="chunked", segment=100)
+    row, commit, commits = {"id": "long", "text": text(450)}, RecordWriter.commit, list[int]()
+
+    def dies(self: RecordWriter, tokens: int, *args: Any, **options: Any) -> None:
+        commit(self, tokens, *args, **options)
+        commits.append(tokens)
+        if len(commits) in (2, 3):
+            raise Killed
+
+    monkeypatch.setattr(RecordWriter, "commit", dies)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            outcomes([row], tmp_path, settings)
+    assert commits == [100, 200, 300]
+    with (tmp_path / ".drafts/kept" / Path(place_of("long")).name / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker reads it still: it is read beside that one
+        assert [o.status for o in outcomes([row], tmp_path, settings)] == ["done"]
+    assert commits[3:] == [100, 200, 300, 400, 450]
+    assert [o.status for o in outcomes([row], tmp_path, settings)] == ["done"]
+    assert commits[8:] == [400, 450]
+    model = statescope.load(MODEL, device="cpu")
+    expected = statescope.trace(model, row["text"], backend="chunked", segment=100)
+    assert_identical(one(tmp_path, "long"), expected, IGNORED)
+    assert not list((tmp_path / ".drafts/kept").iterdir())
+    commits.clear()
+    with pytest.raises(Killed):
+        outcomes([row], tmp_path, settings)
+    changed = {"id": "long", "text": text(450, seed=1)}
+    commits.append(0)
+    assert [o.status for o in outcomes([changed], tmp_path, settings)] == ["done"]
+    assert commits[3:5] == [100, 200]
 
 
 def test_runs_again(client: Any, tmp_path: Path) -> None:
@@ -268,6 +316,46 @@ def test_bad_rows_fail_with_their_reason(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(reasons) == len(BAD) + 1 and "not UTF-8" in str(reasons[-1])
     for reason, (_, words) in zip(reasons, BAD, strict=False):
         assert words in str(reason)
+
+
+def test_bad_rows_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In CSV too a row fails by itself: of another encoding, binary, too long, of another width."""
+    monkeypatch.setattr(reading, "LARGEST", 4000)
+    lines = [
+        b"id,text",
+        b"a,good",
+        b"b,\xe9",
+        b"c,a\0b",
+        b"d," + b"x" * 5000,
+        b"e,f,g",
+        b"h",
+        b"i,",
+        b"j,last",
+    ]
+    (tmp_path / "in.csv").write_bytes(b"\n".join(lines))
+    rows = list(read(tmp_path / "in.csv"))
+    assert [(r.id, r.content) for r in rows if r.content] == [("a", "good"), ("j", "last")]
+    words = ["line 3 is not UTF-8", "binary", "line cannot be read: field larger", "number of columns"]
+    for reason, found in zip([*words, "number of columns", "text is empty"], rows[1:-1], strict=True):
+        assert reason in str(found.reason)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    """What is no table at all, or would be read from elsewhere, is refused as a whole."""
+    needs("pyarrow")
+    (tmp_path / "in.parquet").write_bytes(b"PAR1 no more")
+    for name in ("escapes", "splits"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "escapes" / "state.json").write_text('{"_data_files": [{"filename": "../other.arrow"}]}')
+    (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "none").mkdir()
+    wrong = {
+        "in.parquet": "cannot be read as Parquet", "escapes": "'../other.arrow', which is not in the folder",
+        "splits": "holds the splits train, test; name one", "none": "has no files that match",
+    }  # fmt: skip
+    for name, words in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            list(read(tmp_path / name))
 
 
 def test_ids_that_are_no_names(client: Any, tmp_path: Path) -> None:
@@ -399,6 +487,49 @@ def test_collection(done: tuple[Path, list[dict[str, Any]], Summary]) -> None:
         analyses.overload(collection)
 
 
+def test_commits_of_a_collection_stay_as_they_were(client: Any, tmp_path: Path) -> None:
+    """What is new, changed or gone since the last commit makes a new one; the old one stays readable."""
+    needs("icechunk")
+    import icechunk
+
+    from statescope.batch.snapshots import commit
+
+    rows = texts([60, 50, 40])
+    source, dumps, place = write(tmp_path / "in.jsonl", rows), tmp_path / "dumps", tmp_path / "repository"
+    command = ["batch", str(source), "-m", MODEL, "-o", str(dumps), "--backend", "chunked", "--device", "cpu"]
+    command += ["--scheduler", client.scheduler.address, "--limit", "2", "--commit", str(place)]
+    said = CliRunner().invoke(app, command).output
+    first = commit(dumps, place)
+    assert said.endswith(f"committed to {place}: snapshot {first}\n")
+    rows[0]["text"], rows[1]["text"] = "changed", ""
+    batch(write(source, rows), dumps, SETTINGS, scheduler=client)
+    repository = icechunk.Repository.open(icechunk.local_filesystem_storage(str(place)))
+    second = commit(dumps, repository)
+    assert [s.id for s in repository.ancestry(branch="main")][:2] == [second, first]
+    found = {
+        id: statescope.open_collection(repository.readonly_session(snapshot_id=id).store)
+        for id in (first, second)
+    }
+    assert found[first]["steps"]["sequence"].values.tolist() == ["t0", "t1"]
+    assert found[first]["steps"]["length"].values.tolist() == [60, 50]
+    assert found[second]["steps"]["sequence"].values.tolist() == ["t0", "t2"]
+    now = statescope.open_collection(dumps)
+    for name in ("tokens", "steps"):
+        xr.testing.assert_identical(found[second][name].to_dataset().load(), now[name].to_dataset().load())
+    root = zarr.open_group(repository.readonly_session(snapshot_id=second).store, mode="r")
+    assert [place_of(id).removesuffix(".zip") in root for id in ("t0", "t1", "t2")] == [True, False, True]
+
+
+def test_commit_needs_icechunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is said before anything is read."""
+    monkeypatch.setitem(sys.modules, "icechunk", None)
+    source, dumps = write(tmp_path / "in.jsonl", texts([20])), tmp_path / "dumps"
+    command = ["batch", str(source), "-m", MODEL, "-o", str(dumps), "--commit", str(tmp_path / "repository")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code and "pip install 'statescope-ssm[icechunk]'" in result.output
+    assert not dumps.exists()
+
+
 def test_corpus(done: tuple[Path, list[dict[str, Any]], Summary]) -> None:
     """Every text's verdict is the one it has alone; the worst come first."""
     dumps, rows, _ = done
@@ -449,6 +580,25 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     written = sum(o.bytes or 0 for o in outcomes(rows[:5], dumps))
     assert 0.7 * written < found.bytes < 1.4 * written
     assert found.tokens == pytest.approx(1370, rel=0.2) and found.seconds > 0
+
+
+def test_bench(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are timed once they are warm, and held against a loop over the same texts."""
+    from statescope.experiments.bench import apart
+    from statescope.experiments.bench import batch as timed
+
+    monkeypatch.setattr(timed, "Apart", apart.Here)
+    monkeypatch.setattr(timed, "LENGTHS", {"cpu": (20, 60)})
+    monkeypatch.setattr(timed, "_numbers", lambda: [1])
+    monkeypatch.setattr(timed, "workers_of", lambda *_: nullcontext((client, False)))
+    one, loop = timed.measure(BenchSettings.of(False, ("batch",), model=MODEL, texts=5))
+    assert (one["workers"], len(one["devices"]), loop["workers"], loop["texts_read"]) == (1, 1, 0, 5)
+    assert loop["workers_over_loop"] == {"1": one["tokens_per_s"] / loop["tokens_per_s"]}
+    for entry in (one, loop):
+        assert entry["texts_per_s"] * entry["seconds"] == pytest.approx(5)
+        assert 100 < entry["tokens_per_s"] * entry["seconds"] < 300
+    said = [line for entry in (one, loop) for line in timed.describe(entry)]
+    assert "1 workers: " in said[0] and "5 in a loop over trace" in said[1]
 
 
 def test_pieces_are_of_similar_sizes() -> None:

@@ -11,12 +11,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import needs
+from conftest import needs, skip
+from test_mamba_ssm import FOLDER, imported
 from tiny import VOCABULARY, assert_close, ids
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
@@ -111,6 +113,23 @@ def test_gated_delta_rule(name: str, negative: bool) -> None:
     close(last, state)
 
 
+@pytest.mark.parametrize("bound", [None, -5.0])
+@pytest.mark.parametrize("name", ["chunk_kda", "fused_recurrent_kda"])
+def test_kda(name: str, bound: float | None) -> None:
+    q, k, v, g, beta = draw(KEY), draw(KEY), draw(VALUE), draw(KEY), draw()
+    gate = {"A_log": torch.randn(HEADS), "dt_bias": torch.randn(HEADS * KEY), "lower_bound": bound}
+    flags = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "use_qk_l2norm_in_kernel": True}
+    y, last, state = run(name, transposed=True, q=q, k=k, v=v, g=g, beta=beta, **gate, **flags)
+    q, k, beta = normalize(q, dim=-1), normalize(k, dim=-1), beta.sigmoid()
+    rate, g = gate["A_log"].double().exp()[:, None], g + gate["dt_bias"].double().view(HEADS, KEY)
+    g = -rate * softplus(g) if bound is None else bound * (rate * g).sigmoid()
+    for t in range(TIME):
+        state = g[:, t].exp()[..., None] * state
+        state = state + outer(k[:, t], beta[:, t, :, None] * (v[:, t] - read(state, k[:, t])))
+        close(y[:, t], read(state, q[:, t]) * KEY**-0.5)
+    close(last, state)
+
+
 @pytest.mark.parametrize("name", ["chunk_rwkv6", "fused_recurrent_rwkv6"])
 def test_rwkv6(name: str) -> None:
     r, k, v, w, u = draw(KEY), draw(KEY), draw(VALUE), -draw(KEY).exp(), torch.randn(HEADS, KEY).double()
@@ -135,13 +154,105 @@ def test_rwkv7(name: str) -> None:
     close(last, state)
 
 
+class LayerOfMamba2(nn.Module):
+    """What is read of fla's layer."""
+
+    def __init__(self, groups: int, norm: bool, of_channels: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.ssm_state_size, self.n_groups = 4, VALUE, KEY, groups
+        self.intermediate_size, self.conv_kernel_size, self.chunk_size = 4 * VALUE, 4, 16
+        self.conv_dim = self.intermediate_size + 2 * groups * KEY
+        self.rmsnorm, self.D_has_hdim, self.dt_limit, self.act = norm, of_channels, (0.0, 0.9), nn.SiLU()
+        self.in_proj = nn.Linear(8, self.intermediate_size + self.conv_dim + 4, bias=False)
+        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, 4, groups=self.conv_dim, padding=3)
+        self.A_log, self.dt_bias = (
+            nn.Parameter(torch.linspace(0, 2, 4)),
+            nn.Parameter(torch.linspace(-3, 0, 4)),
+        )
+        self.D = nn.Parameter(torch.rand(4 * VALUE if of_channels else 4))
+        self.out_proj = nn.Linear(self.intermediate_size, 8, bias=False)
+
+    def norm(self, y: Tensor, gate: Tensor) -> Tensor:
+        return normalize(y * self.act(gate), dim=-1)
+
+
+def loop_of_mamba2(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, last inputs of the convolution and state of fla's layer, token by token from the start."""
+    gate, inputs, dt = layer.in_proj(x).split([4 * VALUE, layer.conv_dim, 4], -1)
+    state, rows = torch.zeros(len(x), 4, VALUE, KEY, dtype=x.dtype), []
+    window = torch.zeros(len(x), layer.conv_dim, 4, dtype=x.dtype)
+    for t in range(x.shape[1]):
+        window = torch.cat([window[..., 1:], inputs[:, t, :, None]], -1)
+        mixed = layer.act((window * layer.conv1d.weight[:, 0]).sum(-1) + layer.conv1d.bias)
+        v, B, C = mixed.split([4 * VALUE, layer.n_groups * KEY, layer.n_groups * KEY], -1)
+        v = v.unflatten(-1, (4, VALUE))
+        B, C = (y.unflatten(-1, (-1, KEY)).repeat_interleave(4 // layer.n_groups, 1) for y in (B, C))
+        step = softplus(dt[:, t] + layer.dt_bias).clamp(*layer.dt_limit)
+        kept = (-step * layer.A_log.exp()).exp()[..., None, None]
+        state = kept * state + outer(step[..., None] * v, B)
+        skip = layer.D.unflatten(0, (4, -1)) * v
+        y = ((state * C[:, :, None]).sum(-1) + skip).flatten(1)
+        rows.append(layer.norm(y, gate[:, t]) if layer.rmsnorm else y * layer.act(gate[:, t]))
+    return layer.out_proj(torch.stack(rows, 1)), window, state
+
+
+@pytest.mark.parametrize("method", ["torch_forward", "cuda_kernels_forward"])
+@pytest.mark.parametrize(("groups", "norm", "of_channels"), [(1, True, False), (4, False, True)])
+def test_layer_of_mamba2(method: str, groups: int, norm: bool, of_channels: bool) -> None:
+    """From the start and going on; several tokens reach the layer's own method one by one."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer, x = LayerOfMamba2(groups, norm, of_channels), torch.randn(2, TIME, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    adapter = ADAPTERS[f"fla.layers.mamba2.Mamba2.{method}"]
+    with torch.no_grad():
+        y, window, state = loop_of_mamba2(layer, x)
+        last: Any = None
+        for part, expected in zip(x.split([6, 3], 1), y.split([6, 3], 1), strict=True):
+            call = adapter.read(True, layer, part, last, True, None)
+            assert call.recurrence.structure == adapter.structure
+            found, *kept = call.answer(reference.scan(call.recurrence))
+            close(found, expected)
+            before, last = last, dict(zip(("conv_state", "recurrent_state"), kept, strict=True))
+        close(last["conv_state"], window)
+        close(last["recurrent_state"], state)
+        given: list[Any] = []
+
+        def own(token: Tensor, entering: Any, use_cache: bool, mask: Any) -> Any:
+            given.append((token, entering))
+            single = adapter.read(True, layer, token, entering, use_cache, mask)
+            assert single.own is None
+            return single.answer(reference.scan(single.recurrence))
+
+        for found, expected in zip(call.own(own), (y[:, 6:], window, state), strict=True):
+            close(found, expected)
+        assert [token.shape[1] for token, _ in given] == [1, 1, 1] and given[0][1] is before
+
+
+def test_layer_of_mamba2_refuses() -> None:
+    """A mask; and groups that fla's torch code takes for one head here and for another there."""
+    read_torch, read_kernels = (
+        ADAPTERS[f"fla.layers.mamba2.Mamba2.{name}"].read
+        for name in ("torch_forward", "cuda_kernels_forward")
+    )
+    layer, x = LayerOfMamba2(2, True, False), torch.randn(1, 3, 8)
+    with pytest.raises(ValueError, match=r"n_groups=2.*GPU with mamba_ssm"):
+        read_torch(True, layer, x)
+    assert read_kernels(True, layer, x).recurrence.groups == 2
+    with pytest.raises(ValueError, match="attention_mask"):
+        read_kernels(True, layer, x, attention_mask=torch.ones(1, 3))
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "GLA": {"num_heads": 2, "expand_k": 0.5, "expand_v": 1},
     "HGRN2": {"num_heads": None, "expand_ratio": 16},
     "RetNet": {"num_heads": 2, "expand_v": 2},
     "DeltaNet": {"num_heads": 2},
     "GatedDeltaNet": {"num_heads": 2, "head_dim": 16, "expand_v": 1},
+    "KDA": {"num_heads": 2, "head_dim": 16, "expand_v": 1},
     "RWKV6": {"num_heads": 2, "proj_low_rank_dim": 8, "gate_low_rank_dim": 8},
+    "Mamba2": {"head_dim": 16, "state_size": 8, "num_heads": 4, "chunk_size": 16, "initializer_range": 0.5},
     "RWKV7": {"head_dim": 16, **{f"{x}_low_rank_dim": 8 for x in ("decay", "gate", "a", "v")}},
 }
 TEXT = ids(24, sequences=2)
@@ -166,25 +277,31 @@ def fla() -> Iterator[Any]:
 
             patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
             patch.setattr(autotuner.Autotuner, "__init__", first_only)
+        if FOLDER or find_spec("mamba_ssm"):
+            imported(patch, "Mamba2")  # whose kernels fla's Mamba-2 then has
         yield importlib.import_module("fla.models")
-    for name in [n for n in sys.modules if n.partition(".")[0] == "fla"]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("fla", "mamba_ssm")]:
         del sys.modules[name]  # transformers would take it for its own use
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def model(request: pytest.FixtureRequest, fla: Any) -> nn.Module:
+def built(fla: Any, name: str, **changes: Any) -> nn.Module:
     plain = {"fuse_norm": False, "fuse_swiglu": False, "fuse_cross_entropy": False}
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = getattr(fla, f"{request.param}Config")(**sizes, **plain, **MODELS[request.param])
+        config = getattr(fla, f"{name}Config")(**sizes, **plain, **MODELS[name] | changes)
         torch.manual_seed(0)
-        made: nn.Module = getattr(fla, f"{request.param}ForCausalLM")(config).eval()
+        made: nn.Module = getattr(fla, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.ndim > 1 and "norm" not in name and min(parameter.shape) > 1:
+        for path, parameter in made.named_parameters():
+            if parameter.ndim > 1 and "norm" not in path and min(parameter.shape) > 1:
                 parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
     return made.to(DEVICE)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest, fla: Any) -> nn.Module:
+    return built(fla, request.param)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -225,3 +342,24 @@ def test_model_of_fla(model: nn.Module) -> None:
             model(text[:, 9:], **caches.inputs(model, c.cache, 9, text[:, 9:])).logits for c in (carry, again)
         ]
     assert torch.equal(*pair)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mamba2_with_kernels(fla: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with mamba_ssm's kernels, where groups of heads that share a key are in order."""
+    layers = importlib.import_module("fla.layers.mamba2")
+    if not layers.is_fast_path_available:
+        skip("mamba_ssm is not installed")
+
+    def forward(
+        self: Any, hidden_states: Tensor, past_key_values: Any, use_cache: bool, **others: Any
+    ) -> tuple[Tensor, None, Any]:
+        kept = layers.get_layer_cache(self, past_key_values)
+        y, inputs, state = self.cuda_kernels_forward(hidden_states, kept, use_cache)
+        states = {"recurrent_state": state, "conv_state": inputs, "offset": hidden_states.shape[1]}
+        layers.update_layer_cache(self, past_key_values, **states)
+        return y, None, past_key_values
+
+    if DEVICE == "cpu":  # as it does on a GPU
+        monkeypatch.setattr(layers.Mamba2, "forward", forward)
+    test_model_of_fla(built(fla, "Mamba2", n_groups=2, state_size=32))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import assert_close, build, ids
 
 import statescope
 from statescope.models import as_dtype, mamba2_config
@@ -45,9 +46,9 @@ def test_bundled() -> None:
 
 
 def test_bin_equals_safetensors(folder: Path) -> None:
-    ids = torch.randint(0, 256, (1, 40))
+    text = torch.randint(0, 256, (1, 40))
     with torch.no_grad():
-        assert torch.equal(statescope.load(folder)(ids).logits, statescope.load(BUNDLED[0])(ids).logits)
+        assert torch.equal(statescope.load(folder)(text).logits, statescope.load(BUNDLED[0])(text).logits)
 
 
 def test_folder_is_traced_by_name(folder: Path) -> None:
@@ -59,9 +60,18 @@ def test_transformers_folder(tmp_path: Path) -> None:
     model = statescope.load(BUNDLED[0])
     model.save_pretrained(tmp_path)
     again = statescope.load(tmp_path)
-    ids = torch.randint(0, 256, (1, 40))
+    text = torch.randint(0, 256, (1, 40))
     with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert torch.equal(again(text).logits, model(text).logits)
+
+
+def test_model_that_also_sees(tmp_path: Path) -> None:
+    """glm5_next comes with eyes only."""
+    model = build("glm5_next")
+    model.save_pretrained(tmp_path)
+    record = statescope.trace(str(tmp_path), ids(9))
+    assert record.attrs["model_type"] == "glm5_next"
+    assert_close(record, statescope.trace(model, ids(9)))
 
 
 def test_published_configuration() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import xarray as xr
 from crashing import SCENARIOS, TEXT, TOKENS
-from tiny import FAMILIES, Collected, assert_identical, build, ids
+from tiny import EVERY_FAMILY, Collected, assert_identical, build, ids
 from torch import nn
 from zarr.storage import MemoryStore
 
@@ -309,7 +309,7 @@ def test_another_request_is_refused(changes: dict[str, Any], interrupt: Any) -> 
     assert statescope.trace(**request, store=place).attrs["complete"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_interrupted_family(family: str, interrupt: Any) -> None:
     """Every family's cache, attention layers and all, survives an interruption exactly."""
     request = {"model": build(family), "text": ids(80, sequences=2), **SETTINGS}
@@ -362,7 +362,7 @@ def content(data: bytes) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("position", [0, 1, 17, 40])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_carry_round_trip(family: str, position: int, dtype: torch.dtype) -> None:
     """What is read back from bytes goes on exactly like what was written."""
     sequences = 1 if family == "rwkv" else 2  # it reads single tokens of one sequence only

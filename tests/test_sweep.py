@@ -168,7 +168,7 @@ def test_cli_sweep_and_train(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "recall at short lags" in done.output and "threshold" in done.output
-    assert len(list((tmp_path / "s").glob("*.png"))) == 3
+    assert len(list((tmp_path / "s").glob("*.png"))) == 4
     said = json.loads((tmp_path / "s" / "findings.json").read_text())
     assert said[0]["runs"] == 2 and said[0]["forget"]["points"]["dims"]["train_length"] == 2
     again = ["laws", str(tmp_path / "s" / "table.jsonl"), "-o", str(tmp_path / "l"), "--far", "64"]
@@ -190,6 +190,7 @@ def test_cli_sweep_and_train(tmp_path: Path) -> None:
     table = read_runs(tmp_path / "t" / "table.jsonl")
     assert table["lag"].values.tolist() == [0] and float(table["asked"].sum()) > 500
     record = statescope.trace(folder, "The grass is green.", device="cpu", progress=False)
-    assert record["tokens"].sizes["token"] == 19
+    assert record["tokens"].sizes["token"] == 19 and record.attrs["predicts_next_token"]
+    assert record["tokens"]["loss"][0, 1:].notnull().all()
     done = CliRunner().invoke(app, ["train", "-o", str(tmp_path / "u"), "--set", "momentum=1"])
     assert done.exit_code == 2 and "momentum" in done.output and not (tmp_path / "u").exists()

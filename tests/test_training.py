@@ -75,6 +75,8 @@ def test_checkpoints_are_the_same_model_in_transformers(trained: Ensemble, tmp_p
         assert Config.from_json(json.loads((tmp_path / str(run) / "run.json").read_text())) == config
     record = statescope.trace(tmp_path / "0", ids[:1], device="cpu", progress=False)
     assert record.attrs["train_length"] == 64 and record["steps"].sizes["layer"] == TINY.layers
+    assert record.attrs["predicts_next_token"] is False  # only values, where they are asked for
+    assert record["tokens"]["loss"].isnull().all()
 
 
 @settings(deadline=None, max_examples=20)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import transformers
 import xarray as xr
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -42,6 +44,7 @@ _DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 16,
 }
+_SHORT = {"num_hidden_layers": 3, "layer_types": _DELTA["layer_types"][:3]}
 _LATENT = {
     "layer_types": _DELTA["layer_types"],
     "num_hidden_layers": 4,
@@ -166,6 +169,49 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "kimi_linear": {**_LATENT, "linear_num_heads": 4, "linear_head_dim": 16},
     "bailing_hybrid": {**_LATENT, "head_dim": 16, "num_mtp_layers": 0, "kda_lower_bound": -0.2},
     "olmo_hybrid": {**_ATTENTION, **_DELTA, "linear_num_key_heads": 4},
+    "qwen4_exp_text": {
+        **_ATTENTION,
+        **_DELTA,
+        **_EXPERTS,
+        **_SHORT,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "ple_layer_ids": [3],
+        "ngram_vocab_size_base": 97,
+        "heads_per_ngram": 2,
+        "split_ngram_parts": 1,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "glm5_next": {
+        "text_config": {
+            **_COMMON,
+            **_LATENT,
+            **_SHORT,
+            "linear_num_heads": 4,
+            "linear_head_dim": 16,
+            "qk_rope_head_dim": 0,
+            "q_lora_rank": 16,
+            "index_topk": 128,  # beyond it, transformers chooses by the length of what it reads
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+            "index_kpool": 4,
+            "hc_mult": 2,
+            "linear_lower_bound": -0.2,
+            "hc_sinkhorn_iters": 2,
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "intermediate_size": 16,
+            "out_hidden_size": 32,
+            "projection_intermediate_size": 16,
+        },
+    },
     "rwkv": {"hidden_size": 128, "attention_hidden_size": 128, "num_hidden_layers": 3, "context_length": 512},
     "recurrent_gemma": {
         "hidden_size": 128,
@@ -207,6 +253,8 @@ RECURRENT_LAYERS = {
     "kimi_linear": [0, 2, 3],
     "bailing_hybrid": [0, 2, 3],
     "olmo_hybrid": [0, 2, 3],
+    "qwen4_exp_text": [0, 2],
+    "glm5_next": [0, 2],
     "rwkv": [0, 1, 2],
     "recurrent_gemma": [0, 2, 3],
     "minimax": [0, 2, 3],
@@ -221,6 +269,8 @@ DELTA_RULE = (
     "olmo_hybrid",
     "kimi_linear",
     "bailing_hybrid",
+    "qwen4_exp_text",
+    "glm5_next",
 )
 """Families that erase."""
 
@@ -236,6 +286,16 @@ WITHOUT_ATTENTION = ("mamba2", "falcon_h1", "zamba", "zamba2", "mamba", "falcon_
 FAMILIES = tuple(family for family in CONFIGS if family in CONFIG_MAPPING_NAMES)
 """What the installed transformers has: bailing_hybrid came after 5.17."""
 
+EVERY_FAMILY = [
+    family
+    if family in FAMILIES
+    else pytest.param(
+        family, marks=pytest.mark.skip(reason=f"transformers {transformers.__version__} has no {family}")
+    )
+    for family in CONFIGS
+]
+"""All families, to parametrise tests with."""
+
 
 def config(family: str, **changes: Any) -> Any:
     """Configure a tiny model."""
@@ -246,10 +306,12 @@ def config(family: str, **changes: Any) -> Any:
 
 def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     """Build a tiny model with random weights and states that matter."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family, **changes)).eval()
+    settings = config(family, **changes)
+    kind = AutoModelForImageTextToText if hasattr(settings, "text_config") else AutoModelForCausalLM
+    model = kind.from_config(settings).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:

@@ -8,6 +8,7 @@ from statescope.analyses.plots.attention import attention_figure
 from statescope.analyses.plots.corpus import corpus_figure
 from statescope.analyses.plots.decay import decay_figure, retention_figure
 from statescope.analyses.plots.failure import failure_figure
+from statescope.analyses.plots.growth import growth_figure, passkey_length_figure
 from statescope.analyses.plots.laws import position_figure, threshold_figure
 from statescope.analyses.plots.loss import loss_figure
 from statescope.analyses.plots.mechanism import mechanism_figure
@@ -24,10 +25,12 @@ __all__ = [
     "corpus_figure",
     "decay_figure",
     "failure_figure",
+    "growth_figure",
     "loss_figure",
     "mechanism_figure",
     "overload_figure",
     "passkey_figure",
+    "passkey_length_figure",
     "passkey_map",
     "position_figure",
     "predictors_figure",

@@ -136,7 +136,7 @@ def _draw_cells(ax: Axes, found: xr.Dataset, size: str) -> None:
     ax.scatter([], [], c="black", s=50, edgecolors="0.3", label="all forget")
     ax.scatter([], [], c="white", s=50, edgecolors="0.3", label="none forgets")
     for axis, values in ((ax.xaxis, found[size].values), (ax.yaxis, found["train_length"].values)):
-        axis.set_ticks(choose(values, 8), [_short(v) for v in choose(values, 8)])
+        axis.set_ticks(choose(values, 8), [short_number(v) for v in choose(values, 8)])
         axis.set_minor_formatter(NullFormatter())
     ax.margins(x=0.1)
 
@@ -179,16 +179,17 @@ def _draw_paper(ax: Axes, found: xr.Dataset, size: str) -> None:
     ax.set(xlabel="numbers in the state", title="beside the paper's")
     ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
         axis.set_minor_formatter(NullFormatter())
 
 
 def _log_tokens(ax: Axes) -> None:
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v, 1024)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v, 1024)))
 
 
-def _short(value: float, thousand: float = 1e3) -> str:
+def short_number(value: float, thousand: float = 1e3) -> str:
+    """Write a number with K or M."""
     for unit, factor in (("M", thousand**2), ("K", thousand)):
         if value >= factor:
             return f"{value / factor:.3g}{unit}"

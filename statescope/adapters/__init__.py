@@ -7,9 +7,11 @@ architecture is supported as soon as its modeling module calls a function of a k
 from statescope.adapters.gated_delta import (
     CHUNK_DELTA,
     CHUNK_GATED,
+    CHUNK_KDA_OF_FLA,
     CHUNK_RULE,
     RECURRENT_DELTA,
     RECURRENT_GATED,
+    RECURRENT_KDA_OF_FLA,
     RECURRENT_RULE,
 )
 from statescope.adapters.gla import CHUNK_GLA, RECURRENT_GLA
@@ -18,6 +20,8 @@ from statescope.adapters.kda import CHUNK_KDA, RECURRENT_KDA
 from statescope.adapters.lightning import LIGHTNING
 from statescope.adapters.mamba1 import SELECTIVE_SCAN, SELECTIVE_SCAN_FN, SELECTIVE_UPDATE
 from statescope.adapters.mamba2 import CHUNK_SCAN, CHUNK_SCAN_COMBINED, STATE_UPDATE
+from statescope.adapters.mamba2_of_fla import IN_KERNELS, IN_TORCH
+from statescope.adapters.mamba3 import MIMO, SISO
 from statescope.adapters.mlstm import MLSTM
 from statescope.adapters.retention import (
     CHUNK_RETENTION,
@@ -37,6 +41,8 @@ _ALL = (
     SELECTIVE_SCAN,
     SELECTIVE_UPDATE,
     SELECTIVE_SCAN_FN,
+    SISO,
+    MIMO,
     CHUNK_RULE,
     RECURRENT_RULE,
     CHUNK_KDA,
@@ -55,10 +61,14 @@ _ALL = (
     RECURRENT_DELTA,
     CHUNK_GATED,
     RECURRENT_GATED,
+    CHUNK_KDA_OF_FLA,
+    RECURRENT_KDA_OF_FLA,
     CHUNK_RWKV6,
     RECURRENT_RWKV6,
     CHUNK_RWKV7,
     RECURRENT_RWKV7,
+    IN_TORCH,
+    IN_KERNELS,
 )
 
 ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for adapter in _ALL}

@@ -22,7 +22,7 @@ from statescope.adapters.interface import Adapter, Call, refuse_packed
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
 
-MODELS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
+MODELS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "qwen4_exp_text")
 
 L2_EPSILON = 1e-6
 """Added to the squared norm of queries and keys, by transformers and fla alike."""
@@ -109,18 +109,21 @@ def read_gated_delta_rule_of_fla(
     initial_state: Tensor | None = None,
     gk: Tensor | None = None,
     gv: Tensor | None = None,
+    lower_bound: float | None = None,
     **rest: Any,
 ) -> Call:
-    """Read ``chunk_gated_delta_rule`` or ``fused_recurrent_gated_delta_rule`` of fla.
+    """Read ``chunk_gated_delta_rule`` or ``fused_recurrent_gated_delta_rule`` of fla, or the same of KDA.
 
     Shapes as for :func:`read_gated_delta_rule`; with ``state_v_first`` the state is (batch, heads, value,
-    key). Gate and rate may come before their activations.
+    key). Gate and rate may come before their activations; KDA's gate has a number for every key.
     """
     if gk is not None or gv is not None:
         raise ValueError("the model's delta rule has gates gk or gv, which are not supported")
     if use_gate_in_kernel:
         assert A_log is not None
-        g = -A_log.float().exp() * softplus(g.float() if dt_bias is None else g.float() + dt_bias.float())
+        rate = A_log.float().exp().reshape(-1, *[1] * (g.ndim - 3))
+        g = g.float() if dt_bias is None else g.float() + dt_bias.float().reshape(g.shape[2:])
+        g = -rate * softplus(g) if lower_bound is None else lower_bound * (rate * g).sigmoid()
     if use_beta_sigmoid_in_kernel:
         beta = beta.float().sigmoid() * (2 if allow_neg_eigval else 1)
     state = initial_state
@@ -147,5 +150,9 @@ _PLAIN = ("DeltaNet of fla", ("DeltaNet",), "decay per head, delta rule", read_d
 
 CHUNK_GATED = Adapter("chunk_gated_delta_rule", *_OF_FLA, read_gated_delta_rule_of_fla)
 RECURRENT_GATED = Adapter("fused_recurrent_gated_delta_rule", *_OF_FLA, read_gated_delta_rule_of_fla)
+_KDA = ("Kimi Delta Attention of fla", ("KDA",), "decay per key, delta rule")
+
+CHUNK_KDA_OF_FLA = Adapter("chunk_kda", *_KDA, read_gated_delta_rule_of_fla)
+RECURRENT_KDA_OF_FLA = Adapter("fused_recurrent_kda", *_KDA, read_gated_delta_rule_of_fla)
 CHUNK_DELTA = Adapter("chunk_delta_rule", *_PLAIN)
 RECURRENT_DELTA = Adapter("fused_recurrent_delta_rule", *_PLAIN)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
@@ -26,11 +26,15 @@ class Call:
     complete : callable, optional
         Adds what an initial state does to what the model's function returned, where the function is not
         told of it (:attr:`Adapter.forgets`); None where there is nothing to add.
+    own : callable, optional
+        Given the model's function, calls it in the ways in which it can be called, and joins what it returns;
+        None where it can be called as it was.
     """
 
     recurrence: Recurrence
     answer: Callable[[ScanOutput], Any]
     complete: Callable[[Any], Any] | None = None
+    own: Callable[[Callable[..., Any]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,14 @@ class Adapter:
         Whether the function begins with an empty state even where the model's cache holds one; ``read`` is
         then given that state as ``entering``.
     owner : str
-        The layer's class, where the scan is a method and no function of its module; ``read`` is then given
-        the object whose method it is before the arguments.
+        The layer's class, where the scan is a method and no function of its module, behind the name of that
+        module where there are others of its name; ``read`` is then given the object whose method it is
+        before the arguments.
     parts : str
         The layer's attribute that says in how many calls it scans its heads, where it may be several.
+    told : callable
+        What tells the function of the states from before that :class:`statescope.inference.InferenceCache`
+        kept of a mixer of mamba_ssm: keyword arguments, made of these states.
     note : str
         What a user should know of these models: what is repaired, what is refused.
     """
@@ -72,6 +80,7 @@ class Adapter:
     forgets: bool = False
     owner: str = ""
     parts: str = ""
+    told: Callable[[tuple[Tensor, ...]], dict[str, Any]] = lambda kept: {"initial_states": kept[1]}
     note: str = ""
 
     @property

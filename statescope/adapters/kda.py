@@ -14,9 +14,11 @@ from __future__ import annotations
 from statescope.adapters.gated_delta import read_gated_delta_rule
 from statescope.adapters.interface import Adapter
 
-MODELS = ("kimi_linear", "bailing_hybrid")
+MODELS = ("kimi_linear", "bailing_hybrid", "glm5_next")
 
 _KIND = ("Kimi Delta Attention", MODELS, "decay per key, delta rule", read_gated_delta_rule)
 
-CHUNK_KDA = Adapter("chunk_kimi_delta_attention", *_KIND)
-RECURRENT_KDA = Adapter("recurrent_kimi_delta_attention", *_KIND)
+_NOTE = "beyond its index_topk glm5_next attends by the length of what it reads, so that segments tell"
+
+CHUNK_KDA = Adapter("chunk_kimi_delta_attention", *_KIND, note=_NOTE)
+RECURRENT_KDA = Adapter("recurrent_kimi_delta_attention", *_KIND, note=_NOTE)

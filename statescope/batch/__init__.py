@@ -6,6 +6,7 @@
 ``places``         where records go: a folder or any fsspec URL
 ``settings``       what is asked of the workers
 ``work``           what a worker does: reads texts together, writes each a record of its own
+``drafts``           where a record is put together; a long text's outlives its worker
 ``cluster``        Dask's workers: here, one for each GPU, or those of a running cluster
 ``engine``         hands out work, survives workers, writes down what comes back
 ``command``        one run, from inputs to its summary; ``estimate`` for a dry one

@@ -14,6 +14,7 @@ QUIET = {
     "distributed.scheduler.worker-saturation": 1.0,  # what waits for a worker does not die with it
     "distributed.worker.daemon": True,  # no worker outlives its parent
     "distributed.worker.multiprocessing-method": "forkserver",  # imports are done once, also for a successor
+    "distributed.worker.profile.enabled": False,  # it looks at the worker a hundred times a second
     "distributed.admin.log-format": "%(name)s - %(levelname)s - %(message)s",
     # Dask's own has the allocator return memory at once, and a scan on a CPU then takes twice as long.
     "distributed.nanny.pre-spawn-environ": {},

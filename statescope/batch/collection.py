@@ -14,6 +14,8 @@ import zarr
 from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
+from zarr.abc.store import Store
+from zarr.storage import StorePath
 
 from statescope import record
 from statescope.batch.manifest import Manifest
@@ -40,7 +42,7 @@ def is_collection(place: Any) -> bool:
     return isinstance(place, str | Path) and bool(str(place)) and bool(Dumps.at(place).manifests())
 
 
-def open_collection(dumps: str | Path, *, chunks: Any = None) -> xr.DataTree:
+def open_collection(dumps: str | Path | Store, *, chunks: Any = None) -> xr.DataTree:
     """Open the finished records of ``statescope batch`` as one object, lazily.
 
     Its groups and variables are those of a record. Along ``sequence``, labelled by the ids, lie the texts, in
@@ -48,8 +50,9 @@ def open_collection(dumps: str | Path, *, chunks: Any = None) -> xr.DataTree:
 
     Parameters
     ----------
-    dumps : str or Path
-        Folder or URL.
+    dumps : str, Path or zarr store
+        Folder or URL; or the store of an Icechunk session on what :func:`statescope.batch.snapshots.commit`
+        committed.
     chunks : optional
         As for :func:`xarray.open_zarr`: None for numpy arrays read on access, ``{}`` for dask arrays.
 
@@ -67,10 +70,10 @@ def open_collection(dumps: str | Path, *, chunks: Any = None) -> xr.DataTree:
     FileNotFoundError, ValueError
         If there is no manifest, or no text is done yet.
     """
-    place = Dumps.at(dumps)
+    place = dumps if isinstance(dumps, Store) else Dumps.at(dumps)
     texts, settings, counts = _texts(place)
     if not texts:
-        raise ValueError(f"dumps={place.url!r} has no finished text yet: {counts}")
+        raise ValueError(f"dumps={_name(place)!r} has no finished text yet: {counts}")
     first = record.open(_address(place, texts[0]))
     window = int(json.loads(first.attrs["watch"])["window"])
     coordinates = _coordinates(texts)
@@ -85,15 +88,14 @@ def open_collection(dumps: str | Path, *, chunks: Any = None) -> xr.DataTree:
         groups = {name: group.chunk({"sequence": 1, **chunks}) for name, group in groups.items()}
     attributes = {k: v for k, v in first.attrs.items() if k not in OF_ONE_TEXT}
     longest = max(t["tokens"] for t in texts)
-    attributes |= {"collection": place.url, "texts": len(texts), "tokens": longest, "committed": longest}
+    attributes |= {"collection": _name(place), "texts": len(texts), "tokens": longest, "committed": longest}
     attributes.update(counts)
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), **groups})
 
 
 def counts_of(dumps: str | Path) -> dict[str, Any]:
     """Say what became of a run's texts: counts by status, tokens, bytes, and the reasons of what failed."""
-    place = Dumps.at(dumps)
-    texts = _rows(place)[0]
+    texts = rows_of(Dumps.at(dumps))[0]
     done = [t for t in texts if t["status"] == "done"]
     return {
         **{status: sum(t["status"] == status for t in texts) for status in ("done", "failed", "pending")},
@@ -103,8 +105,11 @@ def counts_of(dumps: str | Path) -> dict[str, Any]:
     }
 
 
-def _rows(place: Dumps) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def rows_of(place: Dumps | Store) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Read all manifests; of a text in several, the one that has it done counts, or the newest."""
+    if isinstance(place, Store):
+        attributes = zarr.open_group(place, mode="r").attrs
+        return json.loads(str(attributes["texts"])), json.loads(str(attributes["settings"]))
     names = place.manifests()
     if not names:
         raise FileNotFoundError(
@@ -130,15 +135,28 @@ def _rows(place: Dumps) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return sorted(found.values(), key=lambda t: (t["row"], t["id"])), settings
 
 
-def _texts(place: Dumps) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    rows, settings = _rows(place)
+def _texts(place: Dumps | Store) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    rows, settings = rows_of(place)
     counts: dict[str, Any] = {
         status: sum(t["status"] == status for t in rows) for status in ("failed", "pending")
     }
     return [t for t in rows if t["status"] == "done"], settings, counts
 
 
-def _address(place: Dumps, text: dict[str, Any]) -> str:
+class _Committed(StorePath):
+    """A record in a repository."""
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+
+def _name(place: Dumps | Store) -> str:
+    return str(place) if isinstance(place, Store) else place.url
+
+
+def _address(place: Dumps | Store, text: dict[str, Any]) -> Any:
+    if isinstance(place, Store):
+        return _Committed(place, str(text["place"]).removesuffix(".zip"))
     return place.address(f"{TEXTS}/{text['place']}")
 
 
@@ -175,7 +193,12 @@ def _labels(first: xr.Dataset, name: str, settings: dict[str, Any]) -> list[int]
 
 
 def _group(
-    place: Dumps, texts: list[dict[str, Any]], name: str, first: xr.Dataset, labels: list[int], window: int
+    place: Dumps | Store,
+    texts: list[dict[str, Any]],
+    name: str,
+    first: xr.Dataset,
+    labels: list[int],
+    window: int,
 ) -> xr.Dataset:
     width = window if name == "steps" else 1
     entries = np.array([-(-t["tokens"] // width) for t in texts])
@@ -196,7 +219,7 @@ def _group(
 
 
 @lru_cache(maxsize=32)
-def _opened(address: str, updated: float) -> zarr.Group:
+def _opened(address: Any, updated: float) -> zarr.Group:
     return zarr.open_group(readable(address), mode="r")
 
 
@@ -204,7 +227,7 @@ class _Ragged(BackendArray):
     """One variable of all texts: as long as the longest, filled up after the end of the others."""
 
     def __init__(
-        self, sources: tuple[tuple[str, float], ...], entries: NDArray[Any], path: str, like: xr.DataArray
+        self, sources: tuple[tuple[Any, float], ...], entries: NDArray[Any], path: str, like: xr.DataArray
     ) -> None:
         self._sources, self._entries, self._path = sources, entries, path
         self._token = like.dims.index("token") if "token" in like.dims else None

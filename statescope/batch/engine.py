@@ -28,6 +28,12 @@ UNPLACED = 4
 BYTES_PER_TOKEN = 4
 """Of a text, about; a piece of work is about one forward pass."""
 
+TEXTS_OF_A_PIECE = 16
+"""At most: to lay a record out takes a while, however short its text."""
+
+COUNTED = 0.5
+"""Seconds between two counts of the workers."""
+
 DESERTED = 120.0
 """Seconds without any worker, or without a scheduler, after which a run of our own workers stops."""
 
@@ -80,7 +86,8 @@ class Engine:
         self._queue: deque[list[Waiting]] = deque()
         self._running: dict[Any, list[Waiting]] = {}
         self._deaths: Counter[str] = Counter()
-        self._unplaced = 0
+        self._unplaced = self._count = 0
+        self._counted = -COUNTED
         self._deserted: float | None = None
 
     def look(self) -> Facts:
@@ -105,7 +112,7 @@ class Engine:
         self._queue.extend(pieces(texts, BYTES_PER_TOKEN * facts.segment))
         try:
             while self._queue or self._running:
-                while self._queue and len(self._running) < 2 * max(1, len(self._workers())):
+                while self._queue and len(self._running) < 2 * max(1, self._workers()):
                     self._hand_out(self._queue.popleft(), facts)
                 for future in self._wait(list(self._running)):
                     tell(self._take_back(future, self._running.pop(future)))
@@ -148,8 +155,12 @@ class Engine:
             self._patience, self._lonely = 600.0, time.monotonic()
             self._say("waiting for workers: the cluster has none")
 
-    def _workers(self) -> Any:
-        return self._client.scheduler_info(n_workers=-1).get("workers", {})
+    def _workers(self) -> int:
+        """Count them, now and then: the scheduler lists all it knows of each."""
+        if time.monotonic() - self._counted > COUNTED:
+            self._count = len(self._client.scheduler_info(n_workers=-1).get("workers", {}))
+            self._counted = time.monotonic()
+        return self._count
 
     def _take_back(self, future: Any, piece: list[Waiting]) -> list[Outcome]:
         if future.status == "finished":
@@ -186,7 +197,8 @@ def pieces(texts: Iterable[Waiting], size: int) -> Iterator[list[Waiting]]:
     """Cut texts into pieces of work, of similar sizes and about ``size`` bytes; the longest come first."""
     piece: list[Waiting] = []
     for text in sorted(texts, key=lambda w: -w.size):
-        if piece and (sum(w.size for w in piece) + text.size > size):
+        full = sum(w.size for w in piece) + text.size > size or len(piece) == TEXTS_OF_A_PIECE
+        if piece and full:
             yield piece
             piece = []
         piece.append(text)

@@ -197,15 +197,26 @@ def _csv(place: Path, text: str, id: str | None) -> Iterator[Mapping[str, Any] |
         with place.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
             rows = csv.DictReader(file, delimiter="\t" if place.suffix == ".tsv" else ",")
             _columns(place, rows.fieldnames or (), text, id)
-            for row in rows:
-                if None in row or any(v is None for v in row.values()):
-                    yield f"line {rows.line_num} has another number of columns than the header"
-                elif any("\udc80" <= c <= "\udcff" for c in f"{row[text]}{row.get(id or 'id') or ''}"):
-                    yield f"line {rows.line_num} is not UTF-8"
-                else:
-                    yield dict(row)
+            yield from _csv_rows(rows, text, id)
     except csv.Error as error:
         raise ValueError(f"inputs={str(place)!r} cannot be read as CSV: {error}") from error
+
+
+def _csv_rows(rows: Any, text: str, id: str | None) -> Iterator[Mapping[str, Any] | str]:
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield f"line cannot be read: {error}"
+            continue
+        if None in row or any(v is None for v in row.values()):
+            yield f"line {rows.line_num} has another number of columns than the header"
+        elif any("\udc80" <= c <= "\udcff" for c in f"{row[text]}{row.get(id or 'id') or ''}"):
+            yield f"line {rows.line_num} is not UTF-8"
+        else:
+            yield dict(row)
 
 
 def _columns(place: Path, found: Iterable[str], text: str, id: str | None) -> None:

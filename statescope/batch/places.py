@@ -24,6 +24,9 @@ TEXTS = "texts"
 
 DRAFTS = ".drafts"
 
+KEPT = "kept"
+"""Among the drafts, those of long texts, which outlive a run."""
+
 WHOLE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory")
 """Protocols under which a file is there only once all of it is."""
 
@@ -174,8 +177,8 @@ def claimed(dumps: Dumps, run: str) -> Iterator[None]:
         finally:
             shutil.rmtree(left, ignore_errors=True)
             Path(lock.name).unlink(missing_ok=True)
-            for folder in (left.parent, Path(dumps.url)):
-                if not any(folder.iterdir()):
+            for folder in (left.parent / KEPT, left.parent, Path(dumps.url)):
+                if folder.exists() and not any(folder.iterdir()):
                     folder.rmdir()
 
 

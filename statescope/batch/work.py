@@ -8,19 +8,21 @@ otherwise. Longer texts are read alone, as :func:`statescope.trace` reads them, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from torch import nn
 from zarr.storage import MemoryStore
 
+from statescope.batch.drafts import Draft, mean
 from statescope.batch.manifest import Outcome
 from statescope.batch.places import TEXTS, Dumps, drafts, without_secrets
 from statescope.batch.settings import Facts, Settings, Text
@@ -34,11 +36,11 @@ from statescope.tracing import prepare, run, usual_segment
 from statescope.watch import Probes
 from statescope.zipped import pack
 
-IN_MEMORY = 256 * 2**20
-"""Bytes up to which a record is put together in memory; a larger one in a folder."""
-
 PADDING = 0.2
 """Part of a pass that may be padding."""
+
+Later = Callable[..., "Future[Outcome]"]
+"""Puts what is written of a text in its place, in time."""
 
 
 @lru_cache(maxsize=1)
@@ -102,8 +104,22 @@ def work(texts: Sequence[Text], settings: Settings, facts: Facts, dumps: Dumps, 
             plans.append((text, _plan(settings, model, name, _ids(text, settings, model))))
         except Exception as error:
             outcomes.append(_failed(text, error))
-    for group in _groups(plans, 0 if settings.alone else facts.segment):
-        outcomes += _read(group, dumps, label, {"weights": weights, "settings": settings.digest()})
+    about = {"weights": weights, "settings": settings.digest()}
+    try:
+        with drafts(dumps, label) as folder, ThreadPoolExecutor(1) as beside:
+
+            def later(text: Text, *written: Any) -> Future[Outcome]:
+                return beside.submit(_place, text, dumps, folder, *written)
+
+            former: list[Future[Outcome]] = []
+            for group in _groups(plans, 0 if settings.alone else facts.segment):
+                latter = _read(group, dumps, folder, later, about)
+                outcomes += [placed.result() for placed in former]  # no more than two groups are in memory
+                former = latter
+            outcomes += [placed.result() for placed in former]
+    except OSError as error:
+        known = {outcome.id for outcome in outcomes}
+        outcomes += [Outcome(t.id, "unplaced", _reason(error)) for t in texts if t.id not in known]
     return outcomes
 
 
@@ -148,53 +164,44 @@ def _length(plan: Plan) -> int:
 
 
 def _read(
-    group: Sequence[tuple[Text, Plan]], dumps: Dumps, label: str, about: Mapping[str, str]
-) -> list[Outcome]:
-    """Read a group together; if that fails, one by one, so that a poisoned text fails alone."""
+    group: Sequence[tuple[Text, Plan]], dumps: Dumps, folder: Path, later: Later, about: Mapping[str, str]
+) -> list[Future[Outcome]]:
+    """Read a group together; if that fails, one by one, so that a poisoned text fails alone.
+
+    Records are put in their places by a thread, beside the reading of the next group: a disk takes its time
+    to be sure of a file, an object store more.
+    """
     began = time.perf_counter()
     try:
-        with drafts(dumps, label) as folder:
-            if len(group) == 1:
-                text, plan = group[0]
-                store: MemoryStore | Path = (
-                    MemoryStore() if _size(plan) <= IN_MEMORY else folder / "draft.zarr"
-                )
-                loss = _alone(plan, store, _about(text, 1, about))
-                return [_place(text, plan, store, folder, dumps, loss, time.perf_counter() - began, 1)]
-            outcomes = []
-            records = _together([plan for _, plan in group])
-            for (text, plan), arrays in zip(group, records, strict=True):
-                store = MemoryStore()
-                loss = _write(plan, store, arrays, _about(text, len(group), about))
-                seconds = (time.perf_counter() - began) / len(group)
-                outcomes.append(_place(text, plan, store, folder, dumps, loss, seconds, len(group)))
-            return outcomes
+        if len(group) == 1:
+            text, plan = group[0]
+            draft = Draft.of(plan, text, dumps, folder)
+            loss = draft.read(plan, _about(text, 1, about))
+            return [later(text, plan, draft, loss, time.perf_counter() - began, 1)]
+        placed = []
+        records = _together([plan for _, plan in group])
+        for (text, plan), arrays in zip(group, records, strict=True):
+            draft = Draft(MemoryStore())
+            loss = _write(plan, draft.store, arrays, _about(text, len(group), about))
+            seconds = (time.perf_counter() - began) / len(group)
+            placed.append(later(text, plan, draft, loss, seconds, len(group)))
+        return placed
     except OSError as error:
-        return [Outcome(text.id, "unplaced", _reason(error)) for text, _ in group]
+        return [_known(Outcome(text.id, "unplaced", _reason(error))) for text, _ in group]
     except Exception as error:
         if len(group) == 1:
-            return [_failed(group[0][0], error)]
-    return [outcome for one in group for outcome in _read([one], dumps, label, about)]
+            return [_known(_failed(group[0][0], error))]
+    return [outcome for one in group for outcome in _read([one], dumps, folder, later, about)]
 
 
-def _size(plan: Plan) -> int:
-    layout, size = plan.layout, 0
-    for group in layout.groups():
-        for variable in layout.variables(group).values():
-            size += 4 * int(np.prod([layout.size(group, d) for d in variable.dims]))
-    return size
+def _known(outcome: Outcome) -> Future[Outcome]:
+    found: Future[Outcome] = Future()
+    found.set_result(outcome)
+    return found
 
 
 def _about(text: Text, together: int, more: Mapping[str, str]) -> dict[str, Any]:
     return {"text_id": text.id, "text_sha256": text.sha256, "texts_together": together, **more}
-
-
-def _alone(plan: Plan, store: MemoryStore | Path, about: Mapping[str, Any]) -> float:
-    """Read as ``trace`` does; return the mean loss."""
-    attributes = {**plan.attributes(), **about}
-    writer = RecordWriter.create(store, plan.layout, attributes, plan.ids.numpy())
-    run(plan, lambda: writer, progress=False, on_disk=True)
-    return _mean(np.asarray(zarr.open_group(store, mode="r")["tokens/loss"]))
 
 
 def _together(plans: Sequence[Plan]) -> Iterator[dict[str, NDArray[Any]]]:
@@ -225,9 +232,7 @@ def _together(plans: Sequence[Plan]) -> Iterator[dict[str, NDArray[Any]]]:
         yield arrays
 
 
-def _write(
-    plan: Plan, store: MemoryStore, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]
-) -> float:
+def _write(plan: Plan, store: Any, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> float:
     """Write a record at once; return the mean loss."""
     attributes = {**plan.attributes(), **about}
     writer = RecordWriter.create(store, plan.layout, attributes, plan.ids.numpy())
@@ -235,22 +240,18 @@ def _write(
         if name != "tokens/token_id":
             writer.write(name, values)
     writer.commit(_length(plan), None, first_nonfinite=None)
-    return _mean(arrays["tokens/loss"])
-
-
-def _mean(loss: NDArray[Any]) -> float:
-    known = loss[np.isfinite(loss)]
-    return float(known.mean(dtype=np.float64)) if known.size else float("nan")
+    return mean(arrays["tokens/loss"])
 
 
 def _place(
-    text: Text, plan: Plan, store: MemoryStore | Path, folder: Path, dumps: Dumps, loss: float,
-    seconds: float, together: int,
+    text: Text, dumps: Dumps, folder: Path, plan: Plan, draft: Draft, loss: float, seconds: float,
+    together: int,
 ) -> Outcome:  # fmt: skip
-    file = folder / "record.zip"
+    file = folder / f"{uuid4().hex}.zip"
     try:
-        size = pack(store, file)
+        size = pack(draft.store, file)
         dumps.put(file, f"{TEXTS}/{text.place}")
+        draft.close()
     except Exception as error:  # of whatever kind a file system's are
         return Outcome(text.id, "unplaced", _reason(error))
     known = None if np.isnan(loss) else loss

@@ -50,6 +50,10 @@ def batch(
     alone: Annotated[
         bool, typer.Option("--alone", help="Read no texts together: bit for bit what trace gives.")
     ] = False,
+    commit: Annotated[
+        Path | None,
+        typer.Option(help="Icechunk repository that takes all that is done as one version, at the end."),
+    ] = None,
     tokenizer: Tokenizer = None,
     layers: Integers = None,
     heads: Integers = None,
@@ -68,7 +72,11 @@ def batch(
         from statescope.batch.command import batch as run
         from statescope.batch.estimate import estimate
         from statescope.batch.settings import Settings
+        from statescope.batch.snapshots import commit as commit_to
+        from statescope.batch.snapshots import installed
 
+        if commit is not None:
+            installed()
         given = watched(layers=layers, heads=heads, snapshots=snapshots, probes=probes)
         settings = Settings(
             model=model,
@@ -92,5 +100,7 @@ def batch(
         found = run(inputs, output, settings, scheduler=scheduler, say=typer.echo, **which)  # type: ignore[arg-type]
         for line in found.lines():
             typer.echo(line)
+        if commit is not None and found.done:
+            typer.echo(f"committed to {commit}: snapshot {commit_to(output, commit)}")
         if not found.complete:
             raise typer.Exit(1)

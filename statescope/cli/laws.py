@@ -28,6 +28,7 @@ def laws(
 def summarise(tables: list[Path], output: Path, far: int, within: float = 0.02) -> None:
     """Print which runs forget, write what follows from it, and draw it."""
     from statescope.analyses.findings import budgets, findings
+    from statescope.analyses.growth import crossings, loss_growth
     from statescope.analyses.runs import read_runs
     from statescope.analyses.thresholds import learned_to_forget, thresholds
 
@@ -43,6 +44,13 @@ def summarise(tables: list[Path], output: Path, far: int, within: float = 0.02) 
             cells = zip(row["fraction"].values, row["runs"].values, strict=True)
             shares = "".join(f"{'-' if not k else f'{f * k:.0f}/{k:.0f}':>9}" for f, k in cells)
             typer.echo(f"{n:>6}{shares}   {_between(row)}")
+        grown = crossings(loss_growth(some, far), "state_size")
+        typer.echo(
+            f"loss far beyond over loss at the end of training; where it falls to {grown.attrs['level']:g}"
+        )
+        for n in grown["state_size"].values:
+            row = grown.sel(state_size=n)
+            typer.echo(f"{n:>6}" + "".join(f"{g:>9.3g}" for g in row["growth"].values) + f"   {_at(row)}")
     path = output / "findings.json"
     path.write_text(json.dumps(said, indent=1), encoding="utf-8")
     typer.echo(f"\nfindings: {path}")
@@ -65,16 +73,25 @@ def _between(row: Any) -> str:
     return f"above {last:g}" if first == float("inf") else f"{last:g} to {first:g}"
 
 
+def _at(row: Any) -> str:
+    middle, low, high = (float(row[name]) for name in ("threshold", "low", "high"))
+    if not 0 < middle < float("inf"):
+        return "below all" if middle == 0 else "above all" if middle > 0 else "not known"
+    return f"{middle:.0f} ({low:.0f} to {high:.0f})"
+
+
 def _draw(runs: Any, output: Path, name: str, far: int, within: float) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    from statescope.analyses.plots.growth import growth_figure, passkey_length_figure
     from statescope.analyses.plots.laws import position_figure, threshold_figure
 
-    for kind, figure in (
-        ("positions", position_figure(runs)),
-        ("thresholds", threshold_figure(runs, far, within)),
-    ):
+    figures = {"positions": position_figure(runs), "thresholds": threshold_figure(runs, far, within)}
+    figures["growth"] = growth_figure(runs, far)
+    if "passkeys" in runs:
+        figures["passkeys"] = passkey_length_figure(runs)
+    for kind, figure in figures.items():
         path = output / f"{kind}-{name}.png"
         figure.savefig(path, dpi=150)
         typer.echo(f"picture: {path}")

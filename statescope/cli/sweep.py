@@ -43,6 +43,7 @@ def sweep(
     ] = True,
     beyond: Annotated[int, typer.Option(help="Tokens of the long sequences of the evaluation.")] = 2048,
     evaluated: Annotated[int, typer.Option(help="How many long sequences every run reads.")] = 8,
+    traced: Annotated[int, typer.Option(help="Tokens over which the states of every run are traced.")] = 4096,
     passkeys: Annotated[str, typer.Option(help="Tokens of the passkey prompts asked, for text.")] = "",
     trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = 16,
     fuse: Annotated[bool, typer.Option(help="Fuse kernels with torch.compile.")] = False,
@@ -68,7 +69,7 @@ def sweep(
             base_config(first | given, devices), sizes, spans, range(seeds), budgets, shares, together
         )
         asked = tuple(integers("passkeys", passkeys or None) or ())
-        effort = Effort(beyond=beyond, rows=evaluated, fuse=fuse, passkeys=asked, trials=trials)
+        effort = Effort(beyond, evaluated, fuse=fuse, traced=traced, passkeys=asked, trials=trials)
         places = devices.split(",") if devices else None
         table = run(grid, output, effort=effort, devices=places, workers=workers, finished=_say)
         typer.echo(f"\ntable: {table}")

@@ -27,6 +27,8 @@ from statescope.models import as_device
 
 TABLE = "table.jsonl"
 
+States = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -137,14 +139,24 @@ def run(
     table = Table(folder / TABLE)
     cells = sweep.cells(table.done())
     usual = 0 if places == ["cpu"] else max(1, (os.cpu_count() or 1) - 2 * len(places))
+    waiting: list[tuple[list[Config], list[Row], list[Future[States]]]] = []
+
+    def keep(cell: list[Config], rows: list[Row], found: list[Future[States]]) -> None:
+        for row, states in zip(rows, found, strict=True):
+            row["states"] = states.result()
+        known = {(r["run"], r["step"]) for r in table.rows}
+        table.add([r for r in rows if (r["run"], r["step"]) not in known])
+        forget(cell, folder)
+        if finished is not None:
+            finished(rows)
+
     with _tracers(usual if workers is None else workers) as tracers:
         for cell, rows in _trained(cells, folder, places, effort, progress):
-            _measure(rows, folder, effort.traced, tracers)
-            known = {(r["run"], r["step"]) for r in table.rows}
-            table.add([r for r in rows if (r["run"], r["step"]) not in known])
-            forget(cell, folder)
-            if finished is not None:
-                finished(rows)
+            waiting.append((cell, rows, [_measure(folder / r["checkpoint"], effort, tracers) for r in rows]))
+            while waiting and all(f.done() for f in waiting[0][2]):  # the next cell is trained meanwhile
+                keep(*waiting.pop(0))
+        for done in waiting:
+            keep(*done)
     return table.path
 
 
@@ -214,13 +226,10 @@ def _tracers(workers: int) -> Iterator[Executor | None]:
         yield pool
 
 
-def _measure(rows: list[Row], folder: Path, tokens: int, tracers: Executor | None) -> None:
-    """Add to every row what the states of its checkpoint do."""
-    places = [folder / row["checkpoint"] for row in rows]
-    if tracers is None:
-        found = [state_measures(place, tokens) for place in places]
-    else:
-        pending: list[Future[dict[str, Any]]] = [tracers.submit(state_measures, p, tokens) for p in places]
-        found = [future.result() for future in pending]
-    for row, states in zip(rows, found, strict=True):
-        row["states"] = states
+def _measure(checkpoint: Path, effort: Effort, tracers: Executor | None) -> Future[States]:
+    """What the states of a checkpoint do; at once where nobody else traces."""
+    if tracers is not None:
+        return tracers.submit(state_measures, checkpoint, effort.traced)
+    found: Future[States] = Future()
+    found.set_result(state_measures(checkpoint, effort.traced))
+    return found

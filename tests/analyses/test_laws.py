@@ -12,6 +12,7 @@ import pytest
 import xarray as xr
 
 from statescope.analyses.findings import findings
+from statescope.analyses.growth import crossings, falling, loss_growth, trend
 from statescope.analyses.laws import LAWS, fit_laws
 from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
 from statescope.analyses.predictors import predictors, rank_correlation
@@ -21,6 +22,7 @@ from statescope.analyses.thresholds import (
     context_lengths,
     learned_to_forget,
     passkey_lengths,
+    passkey_shares,
     recall_lengths,
     thresholds,
 )
@@ -217,8 +219,12 @@ def test_findings_are_plain_and_complete(table: xr.Dataset) -> None:
     assert found["predictors"]["coords"]["predictor"]["data"][0].startswith("retention")
 
 
-def test_the_grid_that_was_run() -> None:
-    """The table in the repository: whole, and each row says how it was made."""
+MADE = {"device", "torch", "date", "command", "statescope"}
+"""What every row of a table in the repository says of how it was made."""
+
+
+def test_the_grids_that_were_run() -> None:
+    """The tables in the repository: whole, each row says how it was made, and the findings are theirs."""
     results = Path(__file__).parents[2] / "notebooks" / "results"
     rows, _ = read_lines(results / "h200-lab-table.jsonl.xz")
     runs = tabulate(rows)
@@ -226,23 +232,44 @@ def test_the_grid_that_was_run() -> None:
         zip(*(runs[n].values.tolist() for n in ("state_size", "train_length", "seed", "steps")), strict=True)
     )
     assert runs.sizes["run"] == 432 and len(cells) == 6 * 6 * 3 * 2
-    assert all({"device", "torch", "date", "command", "statescope"} <= set(r["made"]) for r in rows)
+    assert all(set(r["made"]) >= MADE for r in rows)
     assert runs["inside_retention"].notnull().all() and recall(runs)["far"].notnull().all()
     said = json.loads((results / "h200-lab.json").read_text())
-    assert sum(found["runs"] for found in said) == 432
+    assert sum(found["runs"] for found in said) == 432 + 108
     first = next(found for found in said if (found["steps"], found["uniform"]) == (750, 0.0))
     judged = runs.isel(run=((runs["steps"] == 750) & (runs["uniform"] == 0)).values)
     again = thresholds(learned_to_forget(judged), size="entries")
     assert first["forget"]["points"]["data_vars"]["runs"]["data"] == again["runs"].values.tolist()
+    others = {
+        "h200-lab-small-batch": 108,
+        "h200-lab-text": 8,
+        "cpu-lab-mechanism": 54,
+    }
+    for name, size in others.items():
+        rows, _ = read_lines(results / f"{name}.jsonl.xz")
+        assert len(rows) == size and all(set(r["made"]) >= MADE for r in rows)
+    small = tabulate(read_lines(results / "h200-lab-small-batch.jsonl.xz")[0])
+    again = crossings(loss_growth(small), size="entries")
+    third = next(found for found in said if found["steps"] == 1000)["growth"]["points"]["data_vars"]
+    np.testing.assert_allclose(third["growth"]["data"], again["growth"], rtol=1e-3)
 
 
 def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     pytest.importorskip("seaborn")
-    from statescope.analyses.plots import mechanism_figure, position_figure, threshold_figure
+    from statescope.analyses.plots import (
+        growth_figure,
+        mechanism_figure,
+        passkey_length_figure,
+        position_figure,
+        threshold_figure,
+    )
 
     figure = position_figure(table)
     assert [ax.get_title() for ax in figure.axes] == ["N = 4", "N = 8", "N = 16"]
     assert len(figure.axes[0].collections) == 4 and figure.legends
+    left, middle, _ = growth_figure(table, far=256).axes
+    assert len(left.lines) == 4 and middle.get_title() == "loss grows 2-fold"
+    assert [ax.get_title() for ax in passkey_length_figure(table).axes][-1] == "longest prompt"
     figure = threshold_figure(table, far=256)
     left, right = figure.axes
     assert 8 <= left.get_ylim()[0] < 16 and 128 < left.get_ylim()[1] <= 256
@@ -258,3 +285,61 @@ def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [2, 5, 10]
     with pytest.raises(ValueError, match=r"\[4, 8, 16\]"):
         mechanism_figure(table, far=256)
+
+
+def grown(size: int, length: int, seed: int, growth: float) -> dict[str, Any]:
+    """A run whose loss is larger beyond by a factor; longer lags are asked more often there, at more loss."""
+    content = row(size, length, seed, forgets=True)
+    by_lag = np.array([0.1, 0.3, 0.5, 0.7])
+    for part, factor, often in (("inside", 1.0, [9, 1, 1, 1]), ("beyond", growth, [2, 5, 5, 5])):
+        asked = (np.array(content[part]["asked"]) > 0) * 100 * np.array(often)
+        loss = asked * by_lag * factor
+        if part == "inside":  # the first half of the window says nothing
+            loss[np.array(POSITIONS) < length / 2] *= 0.01
+        content[part] |= {"asked": asked.tolist(), "loss": loss.tolist()}
+    return content
+
+
+def test_the_loss_grows_and_the_growth_crosses_a_level() -> None:
+    """G = (8 N / T)^2: it is 2 at T = 8 N / sqrt(2), and at two seeds 1.1 times and 1 / 1.1 times that."""
+
+    def expected(size: int, length: int) -> float:
+        return (8 * size / length) ** 2
+
+    runs = [(n, t, s) for n in (4, 8, 16) for t in (16, 32, 64, 128) for s in range(2)]
+    table = tabulate([grown(n, t, s, expected(n, t) * 1.1 ** (2 - 4 * s)) for n, t, s in runs])
+    growth = loss_growth(table, far=256, recent=64)
+    resolved = table["train_length"] >= 32  # below, half the window has no bin of its own
+    assert growth[~resolved].isnull().all() and resolved.sum() == 18
+    of_run = expected(table["state_size"], table["train_length"]) * 1.1 ** (2 - 4 * table["seed"])
+    np.testing.assert_allclose(growth[resolved], of_run[resolved])
+    found = crossings(growth, "state_size")
+    np.testing.assert_allclose(found["threshold"][1:], 8 * np.array([8, 16]) / np.sqrt(2))
+    assert float(found["threshold"][0]) == 0  # already below 2 at 32
+    assert (found["low"] <= found["threshold"]).all() and (found["high"] >= found["threshold"]).all()
+    np.testing.assert_allclose(found["high"][2] / found["low"][2], 1.1**2)
+    assert np.isinf(crossings(growth, "state_size", level=1e-3)["threshold"]).all()
+    rising = trend(growth)
+    assert rising["correlation"] > 0.8 and rising["p"] < 0.01 and rising["runs"] == 18
+    assert np.isnan(trend(growth * 0)["p"])
+    with pytest.raises(ValueError, match="far=4096"):
+        loss_growth(table, far=4096)
+
+
+def test_falling_is_the_nearest_that_never_rises() -> None:
+    assert falling(np.array([3.0, 1.0, 2.0, 0.0])).tolist() == [3.0, 1.5, 1.5, 0.0]
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=12)
+    near = falling(values)
+    assert (np.diff(near) <= 1e-12).all() and near.mean() == pytest.approx(values.mean())
+    for _ in range(200):
+        other = np.sort(near + rng.normal(size=12) * 0.3)[::-1]
+        assert ((near - values) ** 2).sum() <= ((other - values) ** 2).sum()
+
+
+def test_passkeys_inside_and_beyond(table: xr.Dataset) -> None:
+    shares = passkey_shares(table)
+    at_128 = (table["train_length"] == 128).values
+    assert (shares["inside"][at_128] == 1).all() and shares["inside"][~at_128].isnull().all()
+    forgets = learned_to_forget(table, far=256) == 1
+    np.testing.assert_allclose(shares["beyond"][at_128], np.where(forgets[at_128], 1, 0.6))

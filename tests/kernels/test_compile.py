@@ -69,3 +69,23 @@ def test_fits(name: str, used: dict[str, dict[str, int]]) -> None:
     assert got["registers"] <= registers
     assert got["shared"] <= shared
     assert got["spilled"] <= spilled
+
+
+ANEW = """
+from triton.runtime.jit import JITFunction
+from statescope.kernels import fused_kernels, window_kernels
+kernels = [k for m in (fused_kernels, window_kernels) for k in vars(m).values() if isinstance(k, JITFunction)]
+kernels = [k for k in kernels if not k.__name__.startswith("_")]
+print(len(kernels), *(
+    f"{k.__name__}:{p.name}" for k in kernels for p in k.params
+    if p.name in fused_kernels.LENGTHS and not p.do_not_specialize
+))
+"""
+
+
+def test_texts_of_all_lengths_share_their_kernels() -> None:
+    """A hundred texts of different lengths would else wait for dozens of variants to be compiled."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run([sys.executable, "-c", ANEW], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["8"], done.stdout + done.stderr

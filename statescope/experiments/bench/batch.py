@@ -1,8 +1,9 @@
-"""Many texts: a plain loop over ``trace``, then ``statescope batch`` on 1, 2, ... all workers."""
+"""Many texts: ``statescope batch`` on 1, 2, ... all workers, then a plain loop over ``trace``."""
 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import tempfile
 import time
@@ -15,9 +16,13 @@ import numpy as np
 import torch
 
 from statescope.batch.cluster import gpus
+from statescope.batch.cluster import workers as workers_of
 from statescope.batch.command import batch
 from statescope.batch.manifest import NAME
+from statescope.batch.places import Dumps
 from statescope.batch.settings import Settings as Reading
+from statescope.batch.settings import Text
+from statescope.batch.work import look, work
 from statescope.experiments.bench.apart import Apart, Lost
 from statescope.experiments.bench.settings import Settings
 from statescope.experiments.bench.subjects import SHAPES, build, vocabulary
@@ -28,42 +33,58 @@ from statescope.tracing import trace
 LENGTHS = {"cpu": (200, 2000), "cuda": (200, 20_000)}
 """Tokens of the shortest and the longest text, by device; in between they are spread evenly in their log."""
 
+LOOPED = 128
+"""Texts that the loop reads at most; they are in no order."""
+
+WARM = 8
+"""Texts read beforehand, by the loop and by each worker, from the shortest to the longest."""
+
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yield an entry for the loop, then one for every number of workers."""
+    """Yield an entry for every number of workers, then one for the loop."""
     with tempfile.TemporaryDirectory(dir=settings.scratch) as folder, Apart() as apart:
-        given = {"model": settings.model, "device": settings.device, "dtype": settings.dtype}
-        about = {"model": settings.model, "texts": settings.texts, "window": settings.windows[0]}
-        drawn = {**given, "folder": folder, "texts": settings.texts}
+        given: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype, "folder": folder}
+        given |= {"texts": settings.texts}
+        about: dict[str, Any] = {
+            "model": settings.model,
+            "texts": settings.texts,
+            "window": settings.windows[0],
+        }
         try:
-            model = apart.call(f"{__name__}.draw", **drawn)
-            loop = apart.call(f"{__name__}.loop", **{**drawn, "model": model, "window": about["window"]})
+            model = apart.call(f"{__name__}.draw", model=settings.model, **given)
         except Lost as lost:
             yield about | {"skipped": str(lost)}
             return
-        yield about | loop
-        for number in _numbers():
-            arguments = {**drawn, "model": model, "window": about["window"], "workers": number}
+        given |= {"model": model, "window": about["window"]}
+        rates: dict[int, float] = {}
+        for number in (*_numbers(), 0):
             try:
-                entry = apart.call(f"{__name__}.many", **arguments)
+                entry = apart.call(f"{__name__}.{'many' if number else 'loop'}", **given, workers=number)
             except Lost as lost:
-                entry = {"skipped": str(lost), "workers": number}
-            if "texts_per_s" in entry:
-                entry["over_loop"] = entry["texts_per_s"] / loop["texts_per_s"]
-            yield about | entry
+                yield about | {"skipped": str(lost), "workers": number}
+                continue
+            rates[number] = entry["tokens_per_s"]
+            if number > 1 and 1 in rates:
+                entry["over_one_worker"] = rates[number] / rates[1]
+            if not number:
+                entry["workers_over_loop"] = {str(n): rate / rates[0] for n, rate in rates.items() if n}
+            yield about | {"workers": number} | entry
 
 
 def describe(entry: dict[str, Any]) -> Iterator[str]:
     """Put an entry into words."""
     workers = entry.get("workers", 0)
     title = f"batch, {entry['model']}, {entry['texts']} texts, window={entry['window']}, "
-    title += f"{workers} workers" if workers else "a loop over trace"
+    title += f"{workers} workers" if workers else f"{entry.get('texts_read', 0)} in a loop over trace"
     if "skipped" in entry:
         yield f"{title}: skipped: {entry['skipped']}"
         return
-    more = f", {entry['over_loop']:.2f} of the loop" if workers else ""
-    if "memory_growth" in entry:
-        more += f"; memory of a worker, last quarter over first: {entry['memory_growth']:.3f}"
+    more = f", {entry['over_one_worker']:.2f} of one worker" if "over_one_worker" in entry else ""
+    for number, ratio in entry.get("workers_over_loop", {}).items():
+        more += f"; {number} workers: {ratio:.2f} of it"
+    if workers:
+        more += f"; {entry['start_seconds']:.0f} s to start; memory of a worker, last quarter over first:"
+        more += f" {entry['memory_growth']:.3f}"
     yield f"{title}: {entry['texts_per_s']:,.2f} texts/s, {entry['tokens_per_s']:,.0f} tokens/s{more}"
 
 
@@ -92,28 +113,31 @@ def draw(model: str, device: str, dtype: str, folder: str, texts: int) -> str:
     return model
 
 
-def loop(model: str, device: str, dtype: str, folder: str, texts: int, window: int) -> dict[str, Any]:
-    """Trace one text after the other to disk, as a user would; the first one twice, as it builds kernels."""
+def loop(
+    model: str, device: str, dtype: str, folder: str, texts: int, window: int, workers: int
+) -> dict[str, Any]:
+    """Trace one text after the other to disk, as a user would, once everything is loaded and built."""
     live = load(model, device=device, dtype=dtype)
-    rows = [json.loads(line)["text"] for line in (Path(folder) / "texts.jsonl").open(encoding="utf-8")]
+    rows = [row["text"] for row in _read(folder)][:LOOPED]
     how: dict[str, Any] = {"window": window, "progress": False, "backend": _backend(device)}
-    trace(live, rows[0], **how)
-    start = time.perf_counter()
+    for row in _spread(rows):
+        trace(live, row, **how)
+    used, start = _processor_seconds(), time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as dumps:
         for i, row in enumerate(rows):
             trace(live, row, store=Path(dumps) / f"{i}.zarr", **how)
         seconds = time.perf_counter() - start
+    processor = _processor_seconds() - used
     del live
     if is_gpu(device):
         torch.cuda.empty_cache()
-    tokens = sum(map(len, rows))
-    return {"seconds": seconds, "texts_per_s": texts / seconds, "tokens_per_s": tokens / seconds}
+    return {"texts_read": len(rows), "processor_seconds": processor} | _rates(rows, seconds)
 
 
 def many(
     model: str, device: str, dtype: str, folder: str, texts: int, window: int, workers: int
 ) -> dict[str, Any]:
-    """Let workers trace them; rates are those from the first outcome on, ``seconds`` is all of it.
+    """Let workers trace them, once they have loaded the model and read a few; ``start_seconds`` is that.
 
     Raises
     ------
@@ -121,25 +145,58 @@ def many(
         If a text was not read.
     """
     how = Reading(model, device=device, dtype=dtype, window=window, backend=_backend(device))
-    with tempfile.TemporaryDirectory(dir=folder) as dumps:
-        found = batch(Path(folder) / "texts.jsonl", dumps, how, workers=workers)
+    rows, began = [row["text"] for row in _read(folder)], time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as dumps, workers_of(None, workers) as (client, _):
+        addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+        asked = {"settings": how, "rows": _spread(rows), "pure": False}
+        devices = client.gather([client.submit(warm, workers=[a], **asked) for a in addresses])
+        used, start = _processor_seconds(client), time.perf_counter()
+        found = batch(Path(folder) / "texts.jsonl", dumps, how, scheduler=client)
+        seconds, processor = time.perf_counter() - start, _processor_seconds(client) - used
         if found.done != texts:
             raise RuntimeError(f"{found.failed} texts failed, {found.pending} are left: {found.reasons}")
         with closing(sqlite3.connect(Path(dumps) / NAME.format(""))) as manifest:
-            rows = manifest.execute("SELECT updated, tokens, memory FROM text ORDER BY updated").fetchall()
-    when, tokens, memory = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    later = when > when[0] + 0.1  # texts of one piece of work come back at once
-    span = max(1e-9, when[-1] - when[0])
-    quarter = max(1, texts // 4)
+            memory = [m for (m,) in manifest.execute("SELECT memory FROM text ORDER BY updated")]
+    parts = [float(np.median(part)) for part in np.array_split(np.array(memory, dtype=float), 4)]
     return {
         "workers": workers,
-        "seconds": found.seconds,
+        "devices": devices,
+        "start_seconds": start - began,
         "bytes": found.bytes,
-        "texts_per_s": float(later.sum() / span),
-        "tokens_per_s": float(tokens[later].sum() / span),
-        "worker_bytes": float(np.median(memory[-quarter:])),
-        "memory_growth": float(np.median(memory[-quarter:]) / np.median(memory[:quarter])),
-    }
+        "worker_bytes": parts,
+        "memory_growth": parts[-1] / parts[0],
+        "processor_seconds": processor,
+    } | _rates(rows, seconds)
+
+
+def warm(settings: Reading, rows: list[list[int]]) -> str:
+    """Let a worker load the model and read a few texts, which builds every kernel; say what it runs on."""
+    facts = look(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [Text(str(i), "", f"{i}.zip", row) for i, row in enumerate(rows)]
+        work(texts, settings, facts, Dumps.at(folder), "warm")
+    return f"{facts.device} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}".strip()
+
+
+def _read(folder: str) -> Iterator[dict[str, Any]]:
+    with (Path(folder) / "texts.jsonl").open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _spread(rows: list[list[int]]) -> list[list[int]]:
+    ranks = np.linspace(0, len(rows) - 1, min(WARM, len(rows))).round().astype(int)
+    return [sorted(rows, key=len)[i] for i in ranks]
+
+
+def _rates(rows: list[list[int]], seconds: float) -> dict[str, float]:
+    tokens = sum(map(len, rows))
+    return {"seconds": seconds, "texts_per_s": len(rows) / seconds, "tokens_per_s": tokens / seconds}
+
+
+def _processor_seconds(client: Any = None) -> float:
+    """Seconds that the processors have spent on this process, and on a client's workers."""
+    elsewhere = client.run(time.process_time).values() if client is not None else ()
+    return time.process_time() + sum(elsewhere)
 
 
 def _backend(device: str) -> str:

@@ -82,6 +82,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "olmo_hybrid": {**_DELTA, "linear_num_key_heads": 4},
     "kimi_linear": {**_LATENT, "linear_num_heads": 4, "linear_head_dim": 64},
     "bailing_hybrid": {**_LATENT, "num_mtp_layers": 0, "kda_lower_bound": -0.2},
+    "qwen4_exp_text": {
+        **_DELTA, **_EXPERTS, "hc_count": 2, "hc_lowrank": 32, "indexer_n_heads": 4, "indexer_kv_heads": 1,
+        "indexer_head_dim": 64, "indexer_budget": 512, "indexer_compress_ratio": 16,
+    },
+    "glm5_next": {
+        "text_config": {
+            **_COMMON, **_LATENT, "linear_num_heads": 4, "linear_head_dim": 64, "qk_rope_head_dim": 0,
+            "q_lora_rank": 64, "index_topk": 512, "index_head_dim": 64, "index_n_heads": 4, "hc_mult": 2,
+        },
+        "vision_config": {
+            "depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 256,
+            "projection_intermediate_size": 64,
+        },
+    },
     "rwkv": {"attention_hidden_size": 256, "context_length": 131072},
     "recurrent_gemma": {"block_types": ["recurrent", "attention", "recurrent", "recurrent"]},
     "minimax": {
@@ -139,11 +153,12 @@ def timed(family: str, tokens: int, device: str, dtype: str, rounds: int) -> dic
 
 def build(family: str, device: str, dtype: torch.dtype) -> nn.Module:
     """Build a small model of a family with random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family]})
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    kind: Any = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    model: nn.Module = kind.from_config(config)
     return model.to(device, dtype).eval()
 
 

@@ -200,6 +200,7 @@ class Ensemble:
         sizes = {"d_model": c.width, "n_layer": c.layers, "vocab_size": c.vocabulary}
         config = mamba2_config({**sizes, "ssm_cfg": ssm, "pad_vocab_size_multiple": 1})
         config.train_length = c.train_length
+        config.predicts_next_token = c.stream == "text"  # else only the values of keys, where they are asked
         if c.stream == "text":
             config.statescope_tokenizer = BYTES
         return config
