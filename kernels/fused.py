@@ -13,9 +13,8 @@ the inputs lie column by column):
 6. ``measure_steps``: norms and means by scalar recurrences inside each chunk, from what the walks carried to
    it; the walks start from the states of step 3, so that no error builds up from span to span.
 
-This is for one decay per head. The delta rule is brought to this form by
-:mod:`statescope.kernels.fused_delta`; decay per key, with it or without, is for
-:mod:`statescope.kernels.fused_keyed`.
+This is for one decay per head and no erase term; all else that is served is for
+:mod:`statescope.kernels.fused_erasing`.
 
 With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, a token moves ``6 h v`` bytes of values and
 outputs (values are read twice) and about ``60 h`` of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))``
@@ -39,7 +38,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from . import delta, fused_delta, fused_keyed
+from . import fused_erasing
 from .interface import ScanOutput, Steps
 
 PROGRAMS = 1584
@@ -52,7 +51,7 @@ STATE_TILE = 1024
 """Entries of a state that one program passes on."""
 
 WIDEST = 256
-"""Largest number of keys or values whose tiles fit."""
+"""Largest number of keys whose tiles fit; values are cut into columns."""
 
 
 def supports(recurrence: Recurrence) -> str | None:
@@ -61,16 +60,15 @@ def supports(recurrence: Recurrence) -> str | None:
         return "triton is not installed"
     if recurrence.log_decay.ndim == 5:
         return "the decay is per entry"
-    if recurrence.erases and not recurrence.delta_rule:
-        return "the recurrence has an erase term other than the delta rule's"
     if not (recurrence.v.is_cuda or _interpreted()):
         return f"the tensors are on {recurrence.v.device}, not on a GPU"
     for name, tensor in recurrence.tensors().items():
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"{name} is {tensor.dtype}; bfloat16, float16 and float32 are served"
-    for name, size in (("key", recurrence.key), ("value", recurrence.value)):
-        if not 1 <= size <= WIDEST:
-            return f"{name} has size {size}; 1 to {WIDEST} are served"
+    if not 1 <= recurrence.key <= WIDEST or recurrence.value == 0:
+        return (
+            f"a state is {recurrence.key} x {recurrence.value}; 1 to {WIDEST} keys and any values are served"
+        )
     if recurrence.time == 0 or recurrence.batch == 0:
         return "there is no token"
     return None
@@ -108,26 +106,11 @@ def scan(
     if not all(0 <= p < recurrence.time for p in positions):
         raise ValueError(f"positions {list(positions)} do not all lie in 0 to {recurrence.time - 1}")
     with torch.cuda.device(recurrence.v.device) if recurrence.v.is_cuda else contextlib.nullcontext():
-        if not recurrence.scalar_decay:
+        if recurrence.erases or not recurrence.scalar_decay:
             q, k, v = (_by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
-            return fused_keyed.scan(recurrence, q, k, v, outputs, measure, positions)
-        if recurrence.delta_rule:
-            return _erasing(recurrence, outputs, measure, positions)
+            modern = _interpreted() or _bulk_copies(recurrence.v)
+            return fused_erasing.scan(recurrence, q, k, v, outputs, measure, positions, modern)
         return _Scan(recurrence, outputs, measure).run(positions)
-
-
-def _erasing(r: Recurrence, outputs: bool, measure: bool, positions: Sequence[int]) -> ScanOutput:
-    """Find what is written, in float32; what is left erases nothing."""
-    values = fused_delta.written_values(r, _by_rows(r.k), _by_rows(r.v))
-    plain = r.replace(v=values, write_scale=None, a=None, skip=None)
-    found = _Scan(plain, outputs, measure).run(positions)
-    y = found.y
-    if y is not None:
-        if r.skip is not None:
-            y.addcmul_(r.v.to(y.dtype), r.skip.to(y.dtype)[:, None])
-        y = y.to(r.v.dtype)
-    erased = delta.erased(r, values) if measure else None
-    return ScanOutput(y, found.steps, found.states, found.final_state, erased)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from statescope.kernels.interface import Attribution, Kernel, ScanOutput, Steps
@@ -43,8 +44,9 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
         What is to be run.
     backend : str
         ``"auto"`` for the first of :data:`BACKENDS` that serves it, or one of them by name. ``"fused"`` is
-        chosen on a GPU only, and only for one decay per head without an erase term: its kernels for the other
-        structures have so far run in Triton's interpreter alone.
+        chosen on a GPU only, and where keys decay or something is erased only for what was held against
+        float64 there: bfloat16 queries, keys and values, 33 to 128 keys and more than 32 values, on compute
+        capability 9, and not the delta rule with one decay per head.
 
     Raises
     ------
@@ -52,7 +54,8 @@ def choose(recurrence: Recurrence, backend: str = "auto") -> str:
         If the name is unknown or the named kernel does not serve this recurrence; says why.
     """
     if backend == "auto":
-        names = BACKENDS if recurrence.v.is_cuda and _proven(recurrence) else BACKENDS[1:]
+        there = recurrence.v.is_cuda and _proven(recurrence)
+        names = BACKENDS if there else BACKENDS[1:]
         return next(name for name in names if _kernel(name).supports(recurrence) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of: auto, {', '.join(BACKENDS)}")
@@ -70,8 +73,15 @@ def on_gpu(recurrence: Recurrence) -> str:
 
 
 def _proven(recurrence: Recurrence) -> bool:
-    """Whether the Triton kernels of a structure have been held against float64 on a GPU."""
-    return recurrence.scalar_decay and not recurrence.erases
+    """Whether the Triton kernels that would serve have been held against float64 on a GPU."""
+    r = recurrence
+    if r.scalar_decay and not r.erases:
+        return True
+    if r.v.is_cuda and (not torch.version.cuda or torch.cuda.get_device_capability(r.v.device)[0] != 9):
+        return False
+    half = all(x.dtype == torch.bfloat16 for x in (r.q, r.k, r.v))
+    changed_since = r.scalar_decay and r.delta_rule
+    return half and 32 < r.key <= 128 and r.value > 32 and not changed_since
 
 
 def scan(

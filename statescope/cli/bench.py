@@ -23,9 +23,10 @@ def bench(
     shapes: Annotated[
         str,
         typer.Option(
-            help="Scans that are timed: of Mamba-2 at 130M, 370M, 1.3B, 2.7B; gated-delta, KDA, GLA, Mamba-1."
+            help="Scans that are timed: of Mamba-2 at 130M, 370M, 1.3B, 2.7B; gated-delta, KDA, GLA, HGRN-2,"
+            " RetNet, RWKV-7, Mamba-1."
         ),
-    ] = "370M,gated-delta,KDA,GLA,Mamba-1",
+    ] = "370M,gated-delta,KDA,GLA,HGRN-2,RetNet,RWKV-7,Mamba-1",
     lengths: Annotated[
         str | None, typer.Option(help="Tokens of the scan, such as 2048,65536. Default: by device.")
     ] = None,

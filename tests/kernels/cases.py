@@ -26,12 +26,15 @@ class Case:
     skip: bool = True
     delta: bool = False
     keyed: bool = False
+    erase: bool = False
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         shape = f"{self.batch}x{self.time}x{self.heads}h{self.groups}g{self.key}x{self.value}"
         flags = "".join(
-            f"-{name}" for name in ("initial", "scale", "skip", "delta", "keyed") if getattr(self, name)
+            f"-{name}"
+            for name in ("initial", "scale", "skip", "delta", "keyed", "erase")
+            if getattr(self, name)
         )
         return f"{shape}{flags}-{str(self.dtype).removeprefix('torch.')}"
 
@@ -53,6 +56,7 @@ CASES = (
     Case(20, key=256, value=200, heads=1),
     Case(40, key=16, value=40, dtype=torch.float16),
     Case(10, key=1, value=1),
+    Case(5, heads=1, value=300),
     Case(1, delta=True),
     Case(31, groups=2, key=24, value=33, initial=True, delta=True),
     Case(65, heads=1, batch=2, initial=True, skip=False, delta=True, dtype=torch.bfloat16),
@@ -61,6 +65,12 @@ CASES = (
     Case(18, groups=2, key=9, value=20, initial=True, keyed=True),
     Case(33, heads=1, key=33, value=5, scale=False, skip=False, keyed=True, dtype=torch.float16),
     Case(17, batch=2, heads=1, initial=True, delta=True, keyed=True, dtype=torch.bfloat16),
+    Case(5, heads=1, value=300, delta=True, keyed=True),
+    Case(1, erase=True),
+    Case(17, groups=2, key=24, value=33, initial=True, erase=True),
+    Case(9, batch=2, heads=1, key=33, value=5, initial=True, keyed=True, erase=True),
+    Case(40, heads=1, scale=False, skip=False, keyed=True, erase=True, dtype=torch.float16),
+    Case(33, heads=1, initial=True, keyed=True, erase=True, dtype=torch.bfloat16),
 )
 
 LONG_CASES = (
@@ -75,6 +85,15 @@ LONG_CASES = (
     Case(1000, heads=4, key=128, value=128, initial=True, delta=True, keyed=True),
     Case(4096, heads=3, key=64, value=64, delta=True, keyed=True, dtype=torch.bfloat16),
     Case(300, heads=2, key=256, value=200, keyed=True, dtype=torch.bfloat16),
+    Case(1000, heads=4, key=128, value=128, delta=True, dtype=torch.bfloat16),
+    Case(1000, heads=4, key=128, value=256, keyed=True, dtype=torch.bfloat16),
+    Case(1000, heads=4, key=128, value=128, initial=True, delta=True, keyed=True, dtype=torch.bfloat16),
+    Case(1000, batch=2, heads=4, key=64, value=64, initial=True, keyed=True, erase=True),
+    Case(4096, heads=4, key=64, value=64, keyed=True, erase=True, dtype=torch.bfloat16),
+    Case(1000, heads=2, key=128, value=96, erase=True, dtype=torch.bfloat16),
+    Case(300, heads=2, key=256, value=200, keyed=True, erase=True),
+    Case(1000, heads=2, key=256, value=512, initial=True, dtype=torch.bfloat16),
+    Case(300, heads=2, key=64, value=320, delta=True, dtype=torch.bfloat16),
 )
 """Too long for the interpreter."""
 
@@ -110,6 +129,11 @@ def draw(case: Case, device: str, seed: int = 0) -> Recurrence:
     k = k.reshape(shared)
     if case.delta:  # a corrected key is of unit length, and a correction at most a reflection
         k, step = torch.nn.functional.normalize(k.float(), dim=-1).to(case.dtype), step.clamp(max=1)
+    a, b = -2 * step.to(device) if case.delta else None, None
+    if case.erase:  # along a direction of its own, of which at most all is taken
+        b = torch.nn.functional.normalize(normal(*tokens, case.heads, case.key), dim=-1)
+        a = (-b * normal(*tokens, case.heads, case.key).sigmoid()).to(device=device, dtype=case.dtype)
+        b = b.to(device=device, dtype=case.dtype)
     log_decay = -step * rate
     if case.keyed:
         log_decay = log_decay[..., None] * torch.logspace(-1, 0.5, case.key)
@@ -119,7 +143,8 @@ def draw(case: Case, device: str, seed: int = 0) -> Recurrence:
         v=v.reshape(*tokens, case.heads, case.value),
         log_decay=log_decay.to(device),
         write_scale=step.to(device) if case.scale else None,
-        a=-2 * step.to(device) if case.delta else None,
+        a=a,
+        b=b,
         initial_state=normal(case.batch, case.heads, case.key, case.value).to(device)
         if case.initial
         else None,

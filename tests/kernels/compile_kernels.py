@@ -14,20 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from statescope.kernels import (
     fused,
-    fused_delta,
-    fused_delta_kernels,
+    fused_erasing,
+    fused_erasing_kernels,
     fused_kernels,
-    fused_keyed,
-    fused_keyed_kernels,
     loss_kernels,
     window_kernels,
 )
+from statescope.recurrence import Recurrence
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INTEGERS = {
@@ -37,11 +37,27 @@ INTEGERS = {
     "LENGTH": "i32",
     "SPANS": "i32",
     "BATCH": "i32",
+    "ROWS": "i32",
 }
+MADE = ("remaining", "through", "states")
+"""Buffers in the inputs' dtype."""
+
+STRUCTURES = {
+    "gated delta": {"KEYED": False, "PAIRS": False, "ERASES": True},
+    "RWKV-7": {"KEYED": True, "PAIRS": True, "ERASES": True},
+}
+"""The two ends: KDA is between them, and decay per key alone is less of it."""
+
 HEADS = {"HEADS": 80, "GROUPS": 1, "KEY": 128, "VALUE": 64}
 
 
-def source(kernel: Any, tiling: fused.Tiling, dtype: str, bulk: bool, **constants: Any) -> ASTSource:
+SHAPE = Recurrence(*(torch.empty(1, 1, 1, HEADS[n], device="meta") for n in ("KEY", "KEY", "VALUE")),
+                   torch.empty(1, 1, 1, device="meta"))  # fmt: skip
+
+
+def source(
+    kernel: Any, tiling: fused.Tiling, dtype: str, bulk: bool, made: tuple[str, ...] = (), **constants: Any
+) -> ASTSource:
     """Describe a kernel for 80 heads of 128 keys and 64 values, every pointer aligned."""
     shapes = {"q": tiling.keys, "k": tiling.keys, "v": tiling.values, "y": tiling.values}
     constants = {"L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values} | HEADS | constants
@@ -52,12 +68,12 @@ def source(kernel: Any, tiling: fused.Tiling, dtype: str, bulk: bool, **constant
             signature[argument] = "constexpr"
         elif argument in shapes and bulk:
             signature[argument] = f"tensordesc<{dtype}[{tiling.chunk}, {shapes[argument]}]>"
-        elif argument in INTEGERS or re.fullmatch("[qkvagw]_[btghk]", argument):
+        elif argument in INTEGERS or re.fullmatch("[qkvabgw]_[btghk]", argument):
             signature[argument] = "i32"
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
-            kinds = {"spoiled": "*i32", "slots": "*i32"} | dict.fromkeys(shapes, f"*{dtype}")
+            kinds = {"spoiled": "*i32", "slots": "*i32"} | dict.fromkeys((*shapes, *made), f"*{dtype}")
             signature[argument] = kinds.get(argument, "*fp32")
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -86,6 +102,29 @@ def usage(compiled: Any, backend: str) -> dict[str, int]:
     return {"registers": int(registers), "shared": compiled.metadata.shared, "spilled": int(stack)}
 
 
+def erasing(
+    structure: str, constants: dict[str, bool], target: str, backend: str, where: GPUTarget
+) -> dict[str, dict[str, int]]:
+    """Compile the kernels of a structure that erases, or whose keys decay, with bfloat16 values."""
+    cut = fused_erasing.tiling(SHAPE, True, target == "sm_90")
+    asked = {name: True for name in ("OUTPUTS", "MEASURE", "HAS_SKIP", "HAS_INITIAL", "STORE")}
+    asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "SPLIT": True, "PRECISION": "ieee"}
+    asked |= constants | {"DELTA": constants["ERASES"] and not constants["PAIRS"]}
+    asked |= {"BS": cut.slice, "BLOCKS": -(-HEADS["VALUE"] // cut.walk_columns), "STAGES": cut.walk_stages}
+    tiling = fused.Tiling(cut.chunk, cut.keys, cut.walk_columns)
+    found = {}
+    for label, columns, warps in (
+        ("solve", cut.solve_columns, cut.solve_warps),
+        ("walk", cut.walk_columns, cut.walk_warps),
+        ("read", cut.read_columns, cut.read_warps),
+    ):
+        kernel = getattr(fused_erasing_kernels, label)
+        described = source(kernel, tiling, "bf16", False, MADE, **asked | {"BV": columns})
+        compiled = triton.compile(described, target=where, options={"num_warps": warps})
+        found[f"{label} {structure} {target}"] = usage(compiled, backend)
+    return found
+
+
 def main() -> None:
     """Compile every kernel that walks, for every target asked for."""
     read = {"OUTPUTS": True, "MEASURE": True, "HAS_SKIP": True}
@@ -108,19 +147,8 @@ def main() -> None:
                 described = source(kernel, tiling, dtype, bulk, **common, **constants, STAGES=stages)
                 compiled = triton.compile(described, target=where, options=options)
                 results[f"{label} {dtype} {target}"] = usage(compiled, backend)
-        keyed = read | {"DELTA": True, "KEEP": False, "HAS_INITIAL": True, "HAS_SCALE": True}
-        keyed |= {"BV": fused_keyed.COLUMNS, "SLICE": fused_keyed.SLICE}
-        for label, warps in (("relate", 2), ("walk", 4)):
-            kernel = getattr(fused_keyed_kernels, label)
-            described = source(kernel, tiling, "fp32", False, **common, **keyed)
-            compiled = triton.compile(described, target=where, options={"num_warps": warps})
-            results[f"{label} {target}"] = usage(compiled, backend)
-        delta = {"L": fused_delta.CHUNK, "BV": fused_delta.COLUMNS, "STAGES": 1, "HAS_INITIAL": True}
-        for label, warps in (("invert", 1), ("correct", fused_delta.WARPS)):
-            kernel = getattr(fused_delta_kernels, label)
-            described = source(kernel, tiling, "fp32", False, **common, **delta)
-            compiled = triton.compile(described, target=where, options={"num_warps": warps})
-            results[f"{label} {target}"] = usage(compiled, backend)
+        for structure, constants in STRUCTURES.items():
+            results |= erasing(structure, constants, target, backend, where)
         thin = {"steps": "*fp32", "out": "*fp32", "TIME": "i32", "HEADS": "i32", "WINDOW": "i32"}
         loss = {"logits": "*bf16", "stride": "i32", "targets": "*i64", "loss": "*fp32", "VOCABULARY": "i32"}
         for label, warps, described in (

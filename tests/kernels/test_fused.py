@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, reference
+from statescope.kernels import fused, fused_erasing, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
+from statescope.scan import on_gpu
 
 needs("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
@@ -28,6 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Case(72, heads=2, initial=True, dtype=torch.bfloat16)
 DELTA = dataclasses.replace(SMALL, time=40, delta=True)
 KEYED = dataclasses.replace(SMALL, time=20, delta=True, keyed=True)
+ERASING = dataclasses.replace(SMALL, time=20, keyed=True, erase=True)
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +130,8 @@ def test_any_layout(case: Case) -> None:
     ("case", "field", "value"),
     [(SMALL, field, float("nan")) for field in ("q", "k", "v", "log_decay", "write_scale")]
     + [(SMALL, "v", float("inf")), (DELTA, "k", float("nan")), (DELTA, "v", float("inf"))]
-    + [(KEYED, "log_decay", float("nan")), (KEYED, "v", float("inf"))],
+    + [(KEYED, "log_decay", float("nan")), (KEYED, "v", float("inf"))]
+    + [(ERASING, field, float("nan")) for field in ("a", "b", "v", "log_decay")],
     ids=str,
 )
 def test_a_spoiled_token_reaches_no_earlier_one(case: Case, field: str, value: float) -> None:
@@ -138,8 +141,8 @@ def test_a_spoiled_token_reaches_no_earlier_one(case: Case, field: str, value: f
     got = fused.scan(r.replace(**{field: spoiled}), positions=(token - 1,))
     clean = fused.scan(r, positions=(token - 1,))
 
-    def same(a: Tensor, b: Tensor) -> bool:  # the delta rule's values are stepped in the whole chunk
-        close = case.delta and not case.keyed
+    def same(a: Tensor, b: Tensor) -> bool:  # how products are factored depends on a chunk's decay
+        close = case.erase and field == "log_decay"
         return torch.allclose(a, b, rtol=1e-5, atol=1e-6) if close else torch.equal(a, b)
 
     if field not in ("q", "k"):  # which the heads share
@@ -155,7 +158,7 @@ def test_a_spoiled_token_reaches_no_earlier_one(case: Case, field: str, value: f
         assert not torch.isfinite(got.final_state[:, 0]).all()
 
 
-@pytest.mark.parametrize("case", [SMALL, DELTA, KEYED], ids=str)
+@pytest.mark.parametrize("case", [SMALL, DELTA, KEYED, ERASING], ids=str)
 def test_forgetting_everything(case: Case) -> None:
     r = draw(case, DEVICE)
     log_decay = r.log_decay.clone()
@@ -183,14 +186,37 @@ def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     per_entry = r.log_decay[..., None, None].expand(*r.log_decay.shape, r.key, r.value).contiguous()
     erase = torch.zeros(1, r.time, r.heads, r.key, device=DEVICE)
     assert "per entry" in fused.supports(r.replace(log_decay=per_entry))
-    assert "erase" in fused.supports(r.replace(a=erase, b=erase))
+    assert fused.supports(r.replace(a=erase, b=erase)) is None
     assert fused.supports(draw(DELTA, DEVICE)) is None and fused.supports(draw(KEYED, DEVICE)) is None
     assert "float64" in fused.supports(r.to(torch.float64))
-    assert "257" in fused.supports(draw(Case(1, value=257), DEVICE))
+    assert "257" in fused.supports(draw(Case(1, key=257), DEVICE))
     with pytest.raises(ValueError, match="per entry"):
         fused.scan(r.replace(log_decay=per_entry))
     monkeypatch.setattr(fused, "_interpreted", lambda: False)
     assert "not on a GPU" in fused.supports(Recurrence(**{n: t.cpu() for n, t in r.tensors().items()}))
+
+
+@pytest.mark.parametrize("structure", ["delta", "erase"])
+def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long text is worked on stretch by stretch, here of one chunk."""
+    monkeypatch.setattr(fused_erasing, "ROWS", 1)
+    r = draw(Case(70, heads=1, initial=True, **{structure: True}), DEVICE)
+    positions = (69, 0, 40)
+    check(r, fused.scan(r, positions=positions), positions)
+    check(r, fused.scan(r, outputs=False), ())
+
+
+def test_auto_keeps_to_what_a_gpu_has_run() -> None:
+    wide = Case(1, key=64, value=64, dtype=torch.bfloat16)
+    assert on_gpu(draw(dataclasses.replace(wide, delta=True), "cpu")) == "chunked"
+    for structure in ({"keyed": True}, {"keyed": True, "erase": True}, {"keyed": True, "delta": True}):
+        r = draw(dataclasses.replace(wide, **structure), "cpu")
+        assert on_gpu(r) == "fused"
+        assert on_gpu(r.replace(k=r.k.float())) == on_gpu(r.to(torch.float32)) == "chunked"
+        assert on_gpu(draw(dataclasses.replace(wide, key=129, **structure), "cpu")) == "chunked"
+    plain = draw(dataclasses.replace(wide, value=300), "cpu")
+    assert on_gpu(plain) == on_gpu(plain.to(torch.float32)) == "fused"
+    assert on_gpu(draw(Case(1, key=257), "cpu")) == "chunked"
 
 
 class Compiled:

@@ -101,6 +101,9 @@ def describe(entry: dict[str, Any]) -> Iterator[str]:
         yield f"{title}: {entry.get('refused') or entry.get('skipped')}"
         return
     errors = ", ".join(f"{k} {v:.1e}" for k, v in entry["errors"].items())
+    peer = entry.get("peer_errors", {})
+    if peer and "skipped" not in peer:
+        errors += f"; the peer's: {', '.join(f'{k} {v:.1e}' for k, v in peer.items())}"
     yield from table(f"{title}, {entry['tokens']:,} tokens; errors: {errors}", entry["rows"])
     if "floor" in entry:
         f = entry["floor"]

@@ -54,6 +54,9 @@ SIGNATURES = {
     "gated-delta": Signature(32, 128, 128),  # Qwen3-Next 80B
     "KDA": Signature(32, 128, 128),  # Kimi Linear 48B
     "GLA": Signature(4, 128, 256),  # GLA 340M
+    "HGRN-2": Signature(16, 128, 128),  # HGRN-2 1.3B
+    "RetNet": Signature(8, 256, 512),  # RetNet 1.3B
+    "RWKV-7": Signature(32, 64, 64),  # RWKV-7 1.5B
     "Mamba-1": Signature(24, 16, 64, longest=8192),  # 130M, channels in groups of 64; decays fill the memory
 }
 

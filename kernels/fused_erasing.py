@@ -1,0 +1,258 @@
+r"""Erase terms and decay per key on a GPU (Triton): the delta rule, GLA, HGRN-2, RWKV-6 and 7, KDA.
+
+The algebra is that of :mod:`statescope.kernels.keyed` and :mod:`statescope.kernels.erasing`. Launches:
+
+1. ``solve``: what each chunk does to whatever state enters it, all chunks at once.
+2. ``walk``: one walk over all chunks for each head and block of columns, with the state in registers; all it
+   computes for a chunk are two products, or one where nothing is erased.
+3. ``read``: ``y``, and the sums of which :class:`statescope.kernels.keyed.Measured` makes the measurements,
+   all chunks at once.
+
+A chunk is so many *writes* of rank one. A token of the delta rule makes one, :math:`k_t u_t^\top`; with any
+other erase term it makes two, of which the second decays nothing: :math:`a_t z_t^\top` and :math:`k_t
+u_t^\top`. What feeds back into later writes is computed by three products of halves for each, in tf32 or,
+where :func:`halves` says so, in bfloat16, which is then also the precision of what is only read. Nothing
+waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statescope.recurrence import Recurrence
+
+from .interface import ScanOutput, Steps
+from .keyed import Measured
+
+ROWS = 2**21
+"""Writes times heads times sequences worked on at once: bounds the memory whatever the length."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a shape is cut up: rows of a chunk, keys, and of each launch columns, warps and stages.
+
+    ``slice`` is how many keys of the state ``solve`` and ``read`` multiply at once.
+    """
+
+    chunk: int
+    keys: int
+    slice: int
+    solve_columns: int
+    solve_warps: int
+    walk_columns: int
+    walk_warps: int
+    walk_stages: int
+    read_columns: int
+    read_warps: int
+
+
+def halves(recurrence: Recurrence) -> bool:
+    """Whether products that feed back take three products of bfloat16 halves, in chunks of 64.
+
+    On a GPU (H200, Triton 3.6) smaller tiles in such chunks were wrong; they are computed in tf32.
+    """
+    r = recurrence
+    return r.v.dtype == torch.bfloat16 and 32 < r.key <= 128 and r.value > 32
+
+
+def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
+    """Choose tiles.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        What is to be run.
+    half : bool
+        As :func:`halves`.
+    modern : bool
+        Whether matrix units read shared memory by themselves (compute capability 9 and 10).
+    """
+    keys, values = (max(16, 1 << (n - 1).bit_length()) for n in (recurrence.key, recurrence.value))
+    if half and modern:
+        return Tiling(64, keys, 64, 64, 8, 32, 4, 2, 64, 8)
+    some = min(values, 32)
+    return Tiling(32 if keys <= 128 else 16, keys, min(keys, 32), some, 4, 16, 4, 1, some, 4)
+
+
+def scan(
+    recurrence: Recurrence,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    outputs: bool,
+    measure: bool,
+    positions: Sequence[int],
+    modern: bool,
+) -> ScanOutput:
+    """Run a recurrence with decay per key or head, and any erase term.
+
+    Parameters
+    ----------
+    recurrence : Recurrence
+        What to run.
+    q, k, v : Tensor
+        Its queries, keys and values, with contiguous rows.
+    outputs, measure, positions
+        As :func:`statescope.kernels.fused.scan`.
+    modern : bool
+        As :func:`tiling`.
+    """
+    r = recurrence.replace(q=q, k=k, v=v)
+    writes = 1 if r.delta_rule or not r.erases else 2
+    half = halves(r)
+    cut = tiling(r, half, modern)
+    tokens = cut.chunk // writes
+    block = tokens * max(1, ROWS // (r.batch * r.heads * cut.chunk))
+    found, state = [], r.initial_state
+    for first in range(0, r.time, block):
+        stop = min(first + block, r.time)
+        here = [p - first for p in positions if first <= p < stop]
+        part = r if block >= r.time else r.between(first, stop, state)
+        found.append(_run(part, cut, writes, outputs, measure, here, half))
+        state = found[-1].final_state
+    if len(found) == 1 and list(positions) == sorted(positions):
+        return found[0]
+    kept = {p: x for o, ps in zip(found, _by_block(positions, block, len(found)), strict=True)
+            for p, x in zip(ps, o.states.unbind(1), strict=True)}  # fmt: skip
+    erased = [o.erased for o in found if o.erased is not None]
+    steps = [o.steps for o in found if o.steps is not None]
+    return ScanOutput(
+        torch.cat([o.y for o in found if o.y is not None], 1) if outputs else None,
+        Steps.concatenate(steps) if measure else None,
+        torch.stack([kept[p] for p in positions], 1) if positions else found[0].states,
+        found[-1].final_state,
+        torch.cat(erased, 2) if erased else None,
+    )
+
+
+def _by_block(positions: Sequence[int], block: int, count: int) -> list[list[int]]:
+    return [[p for p in positions if p // block == i] for i in range(count)]
+
+
+def _run(
+    r: Recurrence,
+    cut: Tiling,
+    writes: int,
+    outputs: bool,
+    measure: bool,
+    positions: Sequence[int],
+    half: bool,
+) -> ScanOutput:
+    from . import fused_erasing_kernels
+
+    kernels: Any = fused_erasing_kernels
+    rows, length = writes * r.time, cut.chunk
+    chunks = -(-rows // length)
+    padded = chunks * length
+    blocks = -(-r.value // cut.walk_columns)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=r.v.device)
+
+    heads = (r.batch, r.heads)
+    split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
+    rows_of_keys = empty(1 + r.erases, *heads, padded, r.key)  # float32, or two bfloat16 in its place
+    remaining, through = rows_of_keys[0], rows_of_keys[-1]
+    if split:
+        remaining, through = (x.view(torch.bfloat16).view(2, -1) for x in (remaining, through))
+    values, final = empty(*heads, padded, r.value), empty(*heads, r.key, r.value)
+    kept = empty(*heads, chunks, r.key)
+    reads = outputs or measure
+    states = final
+    if reads:
+        states = empty(*heads, chunks, r.key, r.value, dtype=torch.bfloat16 if split else torch.float32)
+    energy = empty(*heads, chunks, blocks, r.key) if measure else kept
+    scale = r.log_decay if r.write_scale is None else r.write_scale
+    a = r.log_decay if r.a is None else r.a if r.a.stride(-1) == 1 or r.delta_rule else r.a.contiguous()
+    b = r.log_decay if r.b is None else r.b if r.b.stride(-1) == 1 else r.b.contiguous()
+    decay = (r.log_decay, *r.log_decay.stride()[:3], 0 if r.scalar_decay else r.log_decay.stride(3))
+    tensors = (r.k, *r.k.stride()[:3], r.v, *r.v.stride()[:3], scale, *scale.stride()[:3], *decay)
+    sizes = {"HEADS": r.heads, "KEY": r.key, "VALUE": r.value, "L": length}
+    kind = {"GROUPS": r.groups, "KEYED": not r.scalar_decay, "PAIRS": writes == 2}
+    exact = {"PRECISION": "tf32x3" if torch.version.cuda else "ieee"}
+    scaled = r.write_scale is not None
+    kernels.solve[(chunks, r.heads, r.batch)](
+        *tensors, b, *b.stride()[:3], a, *a.stride()[:3], remaining, kept, through, values,
+        rows, padded, chunks, r.batch, **sizes, **kind, **exact, SPLIT=split, BS=cut.slice,
+        BV=cut.solve_columns, ERASES=r.erases, HAS_SCALE=scaled, num_warps=cut.solve_warps,
+    )  # fmt: skip
+    held = sorted({(writes * p + writes - 1) // length for p in positions})
+    entered, slots = final, kept
+    if held:
+        slot = torch.full((chunks,), -1, dtype=torch.int32)
+        slot[held] = torch.arange(len(held), dtype=torch.int32)
+        slots = _to(slot, r.v)
+        entered = empty(len(held), *heads, r.key, r.value)
+    initial = final if r.initial_state is None else r.initial_state.contiguous()
+    kernels.walk[(r.heads * blocks, r.batch)](
+        remaining, kept, through, values, initial, final, states, energy, entered, slots,
+        padded, chunks, r.batch, **sizes, **exact, SPLIT=split, BK=cut.keys,
+        BV=cut.walk_columns, STAGES=cut.walk_stages,
+        ERASES=r.erases, HAS_INITIAL=r.initial_state is not None, STORE=reads, MEASURE=measure,
+        KEEP=bool(held), num_warps=cut.walk_warps,
+    )  # fmt: skip
+    y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
+    sums = empty(6, r.batch, rows, r.heads) if measure else kept
+    erased = empty(2, r.batch, rows, r.heads) if measure and r.delta_rule else None
+    if reads:
+        each = sums if measure else [kept] * 6
+        kernels.read[(chunks, r.heads, r.batch)](
+            r.q, *r.q.stride()[:3], *tensors, a, *a.stride()[:3],
+            values, states, energy, kept if r.skip is None else r.skip, kept if y is None else y,
+            *(each[i] for i in range(3)), sums[3:5] if measure else kept, each[5],
+            kept if erased is None else erased,
+            rows, padded, chunks, r.batch, **sizes, **kind, **exact, BS=cut.slice, BV=cut.read_columns,
+            BLOCKS=blocks, BF16=split, DELTA=erased is not None, OUTPUTS=outputs, MEASURE=measure,
+            HAS_SCALE=scaled, HAS_SKIP=r.skip is not None, num_warps=cut.read_warps,
+        )  # fmt: skip
+    steps = _steps(r, sums, writes) if measure else None
+    at = [_after(r, writes, entered[held.index((writes * p + writes - 1) // length)], p, length, values)
+          for p in positions]  # fmt: skip
+    states = torch.stack(at, 1) if at else empty(r.batch, 0, r.heads, r.key, r.value)
+    return ScanOutput(y, steps, states, final, erased)
+
+
+def _steps(r: Recurrence, sums: Tensor, writes: int) -> Steps:
+    decayed, written, cross, entering, own, both = sums
+    measured = Measured(decayed, written, cross, (entering + own) / (r.key * r.value))
+    if writes == 2:
+        erased, added = measured.every_other()
+        measured = Measured(
+            decayed=erased.decayed,
+            written=(erased.written + added.written + 2 * both[:, 1::2]).clamp(min=0),
+            cross=erased.cross + added.cross,
+            mean=added.mean,
+        )
+    return measured.steps(r.log_decay.float() if r.scalar_decay else r.log_decay.float().mean(-1))
+
+
+def _after(
+    r: Recurrence, writes: int, entering: Tensor, position: int, length: int, values: Tensor
+) -> Tensor:
+    """The state after one token, from that which entered its chunk."""
+    tokens = length // writes
+    first = position // tokens * tokens
+    past = slice(first, position + 1)
+    log_decay = r.log_decay[:, past].float()
+    log_decay = log_decay[..., None] if r.scalar_decay else log_decay
+    # Of the tokens in between alone: from each on, what comes after it.
+    remaining = log_decay.flip(1).cumsum(1).flip(1)
+    survives = torch.cat([remaining[:, 1:], torch.zeros_like(remaining[:, :1])], 1).exp()
+    keys = r.k[:, past].float().repeat_interleave(r.heads // r.groups, 2) * survives
+    u = values[:, :, writes * first : writes * (position + 1)]
+    added = keys.permute(0, 2, 3, 1) @ u[:, :, writes - 1 :: writes]
+    if writes == 2:
+        assert r.a is not None
+        added += (r.a[:, past].float() * survives).permute(0, 2, 3, 1) @ u[:, :, ::2]
+    return remaining[:, 0].exp()[..., None] * entering + added
+
+
+def _to(x: Tensor, like: Tensor) -> Tensor:
+    """Bring to the device from pinned memory, so that the host does not wait."""
+    return x.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else x
