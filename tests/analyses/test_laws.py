@@ -16,7 +16,7 @@ from statescope.analyses.growth import crossings, falling, loss_growth, trend
 from statescope.analyses.laws import LAWS, fit_laws
 from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
 from statescope.analyses.predictors import predictors, rank_correlation
-from statescope.analyses.runs import FORMAT, farthest, read_lines, read_runs, recall, tabulate
+from statescope.analyses.runs import FORMAT, read_lines, read_runs, recall, tabulate
 from statescope.analyses.thresholds import (
     best_recall,
     context_lengths,
@@ -26,7 +26,6 @@ from statescope.analyses.thresholds import (
     recall_lengths,
     thresholds,
 )
-from statescope.analyses.words import in_words
 
 POSITIONS = [0, 16, 32, 64, 128, 256, 512]
 LAGS = [1, 4, 16, 64]
@@ -224,53 +223,6 @@ MADE = {"device", "torch", "date", "command", "statescope"}
 """What every row of a table in the repository says of how it was made."""
 
 
-def test_words_say_what_the_numbers_say(table: xr.Dataset) -> None:
-    (found,) = findings(table, far=256, size="state_size")
-    who, threshold, length, predictor = in_words(json.loads(json.dumps(found)))
-    assert who.startswith("recall stream, 10 steps, 0% of the lags uniform: 36 runs, of which 36 can be")
-    assert "19 of them forget" in who and "from token 256 on" in who  # 3 + 2 + 1 cells of 3, and a seed
-    assert "known for 3 of 3 state sizes (4 numbers: 23 tokens (16 to 32); 8 numbers: 45 tokens" in threshold
-    assert "grows with the state: as its 1.00th power" in threshold and "the linear one" in threshold
-    assert "is 256 with 4 numbers of state, 256 with 16" in length and "it is the same for all" in length
-    assert "retention (" in predictor and ") orders the runs best by the context" in predictor
-    assert "train_length +" in predictor and "state_numbers -" in predictor
-
-
-def test_words_of_what_grows(table: xr.Dataset) -> None:
-    (found,) = findings(table, far=256, size="state_size")
-    trends = {"growth": {"correlation": 0.5, "p": 0.012, "runs": 9.0}, "x": {"correlation": None, "p": None}}
-    more = found | {"growth": found["forget"], "trends": trends}
-    _, _, growth, _, trend, *_ = in_words(more)
-    assert "falls to 2 at a training length that is known for 3 of 3 state sizes (4 numbers: 23" in growth
-    assert trend.endswith("rank correlation with the state's size: growth +0.50 (p = 0.012).")
-    assert in_words(more | {"stream": "text"})[0] == "text stream, 10 steps: 36 runs."
-    assert "nothing varies" in in_words(found | {"trends": {"x": trends["x"]}})[3]
-
-
-def test_farthest_is_where_something_was_asked(table: xr.Dataset) -> None:
-    assert farthest(table) == 512
-    shorter = table.assign(asked=table["asked"].where(table["position"] < 256, 0))
-    assert farthest(shorter) == 128
-    with pytest.raises(ValueError, match="asked nothing"):
-        farthest(table.assign(asked=0 * table["asked"]))
-
-
-def test_words_say_what_cannot_be_said(table: xr.Dataset) -> None:
-    few = table.isel(run=(table["train_length"] == 16).values).drop_vars("passkeys")
-    (found,) = findings(few, far=256, size="state_size")
-    who, threshold, length, _ = in_words(found)
-    assert "0 of them forget" in who and threshold.endswith("is known for no state size.")
-    assert length.endswith("No law is fitted to the length: of 3 sizes, 0 have one.")
-    incapable = tabulate([row(4, 16, seed, True, reach=1) for seed in range(2)])
-    (found,) = findings(incapable, far=256, size="state_size")
-    said = in_words(found)
-    assert (
-        "of which 0 can be judged" in said[0]
-        and "is 256 with 4 numbers of state. No" in said[2]
-        and len(said) == 3
-    )
-
-
 def test_the_grids_that_were_run() -> None:
     """The tables in the repository: whole, each row says how it was made, and the findings are theirs."""
     results = Path(__file__).parents[2] / "notebooks" / "results"
@@ -309,7 +261,6 @@ def test_figures_show_all_of_it(table: xr.Dataset) -> None:
         mechanism_figure,
         passkey_length_figure,
         position_figure,
-        predictors_figure,
         threshold_figure,
     )
 
@@ -327,16 +278,6 @@ def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     assert {"the paper's models", "the paper's law", "here"} <= set(right.get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="quantity='joy'"):
         position_figure(table, "joy")
-    found = predictors(table, learned_to_forget(table, far=256))
-    (ax,) = predictors_figure(found, most=2).axes
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    assert len(names) == 4 and {"train length", "state numbers"} < set(names)
-    marks = [line.get_ydata().tolist() for line in ax.get_lines()[1:]]
-    assert sorted(marks[0] + marks[1]) == [0, 1, 2, 3] and [names[i] for i in marks[1]] == [
-        n for n in names if n in ("train length", "state numbers")
-    ]
-    with pytest.raises(ValueError, match="most=0"):
-        predictors_figure(found, most=0)
     some = [row(4, length, seed, forgets=True) for length in (16, 32) for seed in range(2)]
     along = tabulate([{**r, "step": step} for r in some for step in (2, 5, 10)])
     figure = mechanism_figure(along, far=256)
