@@ -30,6 +30,7 @@ from statescope.batch import work as working
 from statescope.batch.command import Summary, batch
 from statescope.batch.engine import Waiting, pieces
 from statescope.batch.estimate import estimate
+from statescope.batch.held import Held, of_this_process
 from statescope.batch.inputs import Row, read
 from statescope.batch.manifest import Manifest, Outcome, place_of
 from statescope.batch.places import Dumps, without_secrets
@@ -518,6 +519,15 @@ def test_commits_of_a_collection_stay_as_they_were(client: Any, tmp_path: Path) 
         xr.testing.assert_identical(found[second][name].to_dataset().load(), now[name].to_dataset().load())
     root = zarr.open_group(repository.readonly_session(snapshot_id=second).store, mode="r")
     assert [place_of(id).removesuffix(".zip") in root for id in ("t0", "t1", "t2")] == [True, False, True]
+
+
+def test_idle_memory_is_handed_back() -> None:
+    """When it has grown by a third over what was left the last time, and not at every text."""
+    sizes, calls = iter([500, 480, 500, 600, 650, 490, 600, 640, 640, 700, 840, 800]), list[int]()
+    held = Held(lambda: next(sizes), lambda: calls.append(1))
+    found = [(held.now(), len(calls)) for _ in range(8)]
+    assert found == [(480, 1), (500, 1), (600, 1), (490, 2), (600, 2), (640, 3), (700, 3), (800, 4)]
+    assert of_this_process().now() > 2**20
 
 
 def test_commit_needs_icechunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 from zarr.storage import MemoryStore
 
+from statescope.batch import held
 from statescope.batch.drafts import Draft, mean
 from statescope.batch.manifest import Outcome
 from statescope.batch.places import TEXTS, Dumps, drafts, without_secrets
@@ -255,7 +256,9 @@ def _place(
     except Exception as error:  # of whatever kind a file system's are
         return Outcome(text.id, "unplaced", _reason(error))
     known = None if np.isnan(loss) else loss
-    return Outcome(text.id, "done", None, _length(plan), known, seconds, size, together, _memory())
+    return Outcome(
+        text.id, "done", None, _length(plan), known, seconds, size, together, held.of_this_process().now()
+    )
 
 
 def _failed(text: Text, error: Exception) -> Outcome:
@@ -266,9 +269,3 @@ def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     said = lines[0] if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {lines[0]}"
     return without_secrets(said[:500] or type(error).__name__)
-
-
-def _memory() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
