@@ -227,6 +227,24 @@ def test_scheduler_that_dies_while_it_hands_over_a_result(kind: str) -> None:
         engine._fetched(Lost())
 
 
+def test_worker_that_dies_with_a_result_in_its_hands(tmp_path: Path) -> None:
+    """Its texts are handed out again, as those of any other that dies."""
+    from distributed.scheduler import KilledWorker
+
+    class Lost:
+        status = "finished"
+
+        def result(self) -> Any:
+            raise KilledWorker("work", None, 0)  # type: ignore[arg-type]
+
+    with Manifest(tmp_path / "manifest.sqlite") as manifest:
+        given: Any = (None, True, SMALL, None, manifest, None, "all", print)
+        hands_out = engine.Engine(*given)
+        piece = [engine.Waiting(name, "", "", 1) for name in "ab"]
+        assert hands_out._take_back(Lost(), piece) == []
+        assert sorted(w.id for piece in hands_out._queue for w in piece) == ["a", "b"]
+
+
 def parent(source: Path, dumps: Path, address: str) -> None:
     """Be a run on workers that are there."""
     batch(source, dumps, SMALL, scheduler=address)

@@ -96,8 +96,8 @@ class Engine:
             future = self._client.submit(look, self._settings, pure=False)
             while not future.done():
                 self._wait([future])
-            if not _died(future):
-                facts: Facts = _fetched(future)
+            facts: Facts | None = None if _died(future) else _fetched(future)
+            if facts is not None:
                 return facts
         raise Stopped("a worker died three times while it loaded the model (out of memory?)")
 
@@ -163,14 +163,14 @@ class Engine:
         return self._count
 
     def _take_back(self, future: Any, piece: list[Waiting]) -> list[Outcome]:
-        if future.status == "finished":
-            outcomes: list[Outcome] = _fetched(future)
+        outcomes: list[Outcome] | None = _fetched(future) if future.status == "finished" else None
+        if outcomes is not None:
             self._manifest.record(outcomes)
             self._notice_unplaced(outcomes)
             return outcomes
         if future.status == "cancelled":
             raise Stopped("the scheduler has lost the work")
-        if not _died(future):
+        if future.status == "error" and not _died(future):
             raise future.exception()
         self._manifest.died(w.id for w in piece)
         if len(piece) > 1:
@@ -207,12 +207,15 @@ def pieces(texts: Iterable[Waiting], size: int) -> Iterator[list[Waiting]]:
 
 
 def _fetched(future: Any) -> Any:
-    """Fetch what a finished piece of work yielded; it lies with a worker, and the scheduler asks for it."""
+    """Fetch what a finished piece of work yielded, which lies with a worker; None if that has died since."""
     from distributed import CancelledError
     from distributed.comm.core import CommClosedError
+    from distributed.scheduler import KilledWorker
 
     try:
         return future.result()
+    except KilledWorker:
+        return None
     except (CommClosedError, CancelledError) as error:
         raise Stopped("the scheduler is gone") from error
 
