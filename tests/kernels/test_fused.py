@@ -63,7 +63,8 @@ def check(r: Recurrence, got: ScanOutput, positions: Sequence[int]) -> None:
         assert (got.erased is None) == (want.erased is None)
         if want.erased is not None:
             for found, truth in zip(got.erased, want.erased, strict=True):
-                assert relative(found, truth) <= STATES[dtype]
+                error = relative(found, truth) if truth.any() else found.abs().max()  # nothing is there yet
+                assert error <= STATES[dtype]
     assert got.states.shape == want.states.shape and got.final_state.dtype == torch.float32
     assert relative(got.final_state, want.final_state) <= STATES[dtype]
     if positions:
@@ -83,7 +84,7 @@ def test_matches_stepping(case: Case, bulk: bool, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_matches_stepping_for_long(case: Case) -> None:
     r = draw(case, DEVICE)
-    positions = (case.time - 2, 500, 64, 63)
+    positions = (case.time - 2, case.time // 2, 64, 63)
     check(r, fused.scan(r, positions=positions), positions)
 
 
