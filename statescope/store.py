@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import shutil
 from asyncio import gather
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -192,8 +192,15 @@ async def _lay_out(
     start = {**attributes, "committed": 0, "complete": False}
     root = await create_group(store=store, zarr_format=3, overwrite=overwrite, attributes=start)
     groups = layout.groups()
-    await gather(root.create_group(CARRY), *(_lay_out_group(root, name, layout, token_id) for name in groups))
+    await _all(root.create_group(CARRY), *(_lay_out_group(root, name, layout, token_id) for name in groups))
     return root
+
+
+async def _all(*work: Awaitable[Any]) -> None:
+    """Do work side by side, to its end even if some of it fails, or it would write into a removed draft."""
+    for result in await gather(*work, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 async def _lay_out_group(
@@ -208,7 +215,7 @@ async def _lay_out_group(
         shape = tuple(layout.size(group, d) for d in variable.dims)
         known = token_id if name == "token_id" else None
         arrays.append(_create(target, name, variable, shape, *layout.shards(group, variable), known))
-    await gather(*coordinates, *arrays)
+    await _all(*coordinates, *arrays)
 
 
 async def _create(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,25 @@ def test_full_disk_before_the_first_commit(model: nn.Module, mount: Callable[...
     with pytest.raises(OSError, match=r"free some space$"):
         statescope.trace(model, LONG, store=place, **SETTINGS)
     assert listing(place.parent) == {}
+
+
+def test_nothing_is_written_after_a_failure(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays are laid out side by side; where one fails, the others are not left to write on their own."""
+    write = LocalStore.set
+
+    async def slow(self: LocalStore, key: str, value: Any) -> None:
+        if key.startswith("steps/log_decay"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await asyncio.sleep(0.1)
+        await write(self, key, value)
+
+    monkeypatch.setattr(LocalStore, "set", slow)
+    with pytest.raises(OSError, match=r"free some space$"):
+        statescope.trace(model, TEXT, store=tmp_path / "run.zarr")
+    time.sleep(0.5)
+    assert listing(tmp_path) == {}
 
 
 def test_file_size_limit(tmp_path: Path) -> None:
