@@ -164,6 +164,8 @@ def _load_mamba_ssm(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
     if training.is_file():
         facts = _read_json(training)
         model.config.train_length = facts.get("train_length")
+        if facts.get("stream") == "recall":  # see statescope.reader.predicts_next_token
+            model.config.predicts_next_token = False
         if str(facts.get("tokenizer", "")).startswith(BYTES):
             model.config.statescope_tokenizer = BYTES
     return model

@@ -57,6 +57,16 @@ def test_packed_run_is_the_run_in_half_the_bytes(swept: Path, packed: Path) -> N
     assert statescope.trace(model, "text").attrs["tokens"] == 4
 
 
+def test_a_recall_run_still_predicts_no_next_token(tmp_path: Path) -> None:
+    base = Config(
+        row=32, rows=1, train_length=8, steps=1, warmup=1, width=16, head_size=8, state_size=4, chunk=8,
+        keys=8, values=4, dtype="float32",
+    )  # fmt: skip
+    run(Sweep(base, [4], [8]), tmp_path, effort=Effort(beyond=32, rows=1, traced=32), progress=False)
+    model = statescope.load(pack(next((tmp_path / "runs").iterdir()), tmp_path / "tiny"), device="cpu")
+    assert statescope.trace(model, [1, 2, 3, 4])["tokens"].loss.isnull().all()
+
+
 def test_what_is_passed_on_says_how_it_was_made(swept: Path, packed: Path) -> None:
     facts = json.loads((packed / "training.json").read_text())
     settings = json.loads((swept / "run.json").read_text())
