@@ -60,8 +60,6 @@ def supports(recurrence: Recurrence) -> str | None:
         return "triton is not installed"
     if recurrence.log_decay.ndim == 5:
         return "the decay is per entry"
-    if not _interpreted() and (reason := spared(recurrence)):
-        return reason
     for name, tensor in recurrence.tensors().items():
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"{name} is {tensor.dtype}; bfloat16, float16 and float32 are served"
@@ -73,14 +71,6 @@ def supports(recurrence: Recurrence) -> str | None:
         return "there is no token"
     if not (recurrence.v.is_cuda or _interpreted()):
         return f"the tensors are on {recurrence.v.device}, not on a GPU"
-    return None
-
-
-def spared(recurrence: Recurrence) -> str | None:
-    """Return why no GPU is given this recurrence, if so, though the interpreter is."""
-    erasing = recurrence.erases or not recurrence.scalar_decay
-    if erasing and not fused_erasing.ON_GPU:
-        return "decay per key and erase terms are not served on a GPU yet"
     return None
 
 

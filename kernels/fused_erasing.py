@@ -33,10 +33,6 @@ from statescope.recurrence import Recurrence
 from .interface import ScanOutput, Steps
 from .keyed import Measured
 
-ON_GPU = False
-"""Whether a GPU may run it. On an H200 all long cases of the tests were right, but some of 16 keys and values
-were wrong, and one choice of tiles read outside its memory. Until that is understood torch serves them."""
-
 ROWS = 2**21
 """Writes times heads times sequences worked on at once: bounds the memory whatever the length."""
 
@@ -49,7 +45,7 @@ PART = 16
 class Tiling:
     """How a shape is cut up: rows of a chunk, keys and columns at once, and the warps of every launch.
 
-    ``walk`` has all ``keys`` of ``walked`` columns of the state; elsewhere it is ``slice`` keys of ``columns``.
+    ``walk`` has all ``keys`` of ``walked`` columns of the state, the others ``slice`` keys of ``columns``.
     """
 
     chunk: int
@@ -68,10 +64,7 @@ class Tiling:
 
 
 def halves(recurrence: Recurrence) -> bool:
-    """Whether products that feed back take three products of bfloat16 halves, in chunks of 64.
-
-    On a GPU (H200, Triton 3.6) smaller tiles in such chunks were wrong; they are computed in tf32.
-    """
+    """Whether products that feed back take three products of bfloat16 halves, in chunks of 64."""
     r = recurrence
     return r.v.dtype == torch.bfloat16 and 32 < r.key <= 128 and r.value > 32
 

@@ -97,7 +97,7 @@ def _running(g, KEYED: tl.constexpr, BACK: tl.constexpr):
 
 @triton.jit
 def _early(g, rows, begin, KEYED: tl.constexpr):
-    """From each row on to the row ``begin``, which its part begins with, what is forgotten; within, back to it."""
+    """What survives from each row on to the row ``begin``, where its part begins; one over it within."""
     past = tl.where((rows < begin)[:, None], g, 0.0)
     within = tl.where((rows >= begin)[:, None], g, 0.0)
     found = tl.where(
@@ -114,7 +114,7 @@ def _too_far(local):
 
 @triton.jit
 def _one_by_one(x, at, k, local, begin, rows):
-    r"""What rows of a part read of one another, :math:`\sum_k e^{at_t - local_j} x_t k_j`, whatever they forget."""
+    r"""What rows of a part read of one another, :math:`\sum_k e^{at_t - local_j} x_t k_j`, pair by pair."""
     found = tl.zeros((x.shape[0], rows.shape[0]), tl.float32)
     for j in range(PART):
         past = tl.exp2(tl.minimum(at - _of_row(local, j)[None, :], 0.0)) * _of_row(k, j)[None, :]
@@ -393,8 +393,8 @@ def walk(
 
     ``values`` is given what each chunk writes. ``states`` (batch, head, chunk, key, value) is the state that
     enters each, and ``energy`` (2, batch, head, chunk, block, key) the energy of each of its rows in these
-    columns, and the sum of its entries. With KEEP ``entered`` (kept, batch, head, key, value) is the state that enters each chunk whose
-    entry of ``slots`` is not -1. Grid: (head * blocks of columns, batch).
+    columns, and the sum of its entries. With KEEP ``entered`` (kept, batch, head, key, value) is the state
+    that enters each chunk whose entry of ``slots`` is not -1. Grid: (head * blocks of columns, batch).
     """
     blocks: tl.constexpr = (VALUE + BV - 1) // BV
     head = tl.program_id(0) // blocks

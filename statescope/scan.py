@@ -65,7 +65,7 @@ def on_gpu(recurrence: Recurrence) -> str:
     """Name the kernel that serves a recurrence of this structure where there is a GPU."""
     from statescope.kernels import fused
 
-    refused = fused.spared(recurrence) or fused.supports(recurrence) or ""
+    refused = fused.supports(recurrence) or ""
     return BACKENDS[bool(refused) and not refused.startswith("the tensors are on")]
 
 

@@ -20,7 +20,7 @@ from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, er
 from statescope.kernels import fused, fused_erasing, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.recurrence import Recurrence
-from statescope.scan import choose, on_gpu
+from statescope.scan import on_gpu
 
 needs("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
@@ -43,7 +43,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(fused, "BULK_ROWS", 0)
-    monkeypatch.setattr(fused_erasing, "ON_GPU", True)
     yield
 
 
@@ -208,14 +207,10 @@ def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(r, fused.scan(r, outputs=False), ())
 
 
-def test_a_gpu_is_spared_what_is_not_right_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_interpreted", lambda: False)
-    monkeypatch.setattr(fused_erasing, "ON_GPU", False)
-    for structure in ("keyed", "delta", "erase"):
-        r = draw(Case(1, key=64, value=64, **{structure: True}), "cpu")
-        assert on_gpu(r) == "chunked"
-        with pytest.raises(ValueError, match=r"not served on a GPU yet; use backend='auto'"):
-            choose(r, "fused")
+    for structure in ("keyed", "delta", "erase", "skip"):
+        assert on_gpu(draw(Case(1, key=64, value=64, **{structure: True}), "cpu")) == "fused"
     plain = draw(Case(1, key=64, value=300, dtype=torch.bfloat16), "cpu")
     assert on_gpu(plain) == on_gpu(plain.to(torch.float32)) == "fused"
     assert on_gpu(draw(Case(1, key=257), "cpu")) == "chunked"
