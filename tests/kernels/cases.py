@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from statescope.kernels.interface import Steps
+from statescope.kernels.rates import Rated
 from statescope.recurrence import Recurrence
 
 
@@ -27,13 +28,15 @@ class Case:
     delta: bool = False
     keyed: bool = False
     erase: bool = False
+    entry: bool = False
+    rated: bool = False
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         shape = f"{self.batch}x{self.time}x{self.heads}h{self.groups}g{self.key}x{self.value}"
         flags = "".join(
             f"-{name}"
-            for name in ("initial", "scale", "skip", "delta", "keyed", "erase")
+            for name in ("initial", "scale", "skip", "delta", "keyed", "erase", "entry", "rated")
             if getattr(self, name)
         )
         return f"{shape}{flags}-{str(self.dtype).removeprefix('torch.')}"
@@ -137,6 +140,11 @@ def draw(case: Case, device: str, seed: int = 0) -> Recurrence:
     log_decay = -step * rate
     if case.keyed:
         log_decay = log_decay[..., None] * torch.logspace(-1, 0.5, case.key)
+    if case.entry or case.rated:  # like a trained Mamba-1's: a step for every column, rates that grow by key
+        steps = torch.nn.functional.softplus(normal(*tokens, case.heads, case.value) - 2)
+        spread = torch.logspace(-1, 0.5, case.key)[:, None] * normal(case.key, case.value).div(3).exp()
+        log_decay = Rated(steps.to(device), (-rate[:, None, None] * spread).to(device))
+        log_decay = log_decay if case.rated else log_decay.written_out()
     return Recurrence(
         q=q.reshape(shared),
         k=k,
