@@ -13,8 +13,8 @@ the inputs lie column by column):
 6. ``measure_steps``: norms and means by scalar recurrences inside each chunk, from what the walks carried to
    it; the walks start from the states of step 3, so that no error builds up from span to span.
 
-This is for one decay per head and no erase term; decay per entry is for :mod:`statescope.kernels.fused_entries`,
-all else that is served for :mod:`statescope.kernels.fused_erasing`.
+This is for one decay per head and no erase term; decay per entry is for
+:mod:`statescope.kernels.fused_entries`, all else that is served for :mod:`statescope.kernels.fused_erasing`.
 
 With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, a token moves ``6 h v`` bytes of values and
 outputs (values are read twice) and about ``60 h`` of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))``

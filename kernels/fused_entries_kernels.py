@@ -1,26 +1,21 @@
 """The device code of :mod:`statescope.kernels.fused_entries`; importing it needs triton.
 
-Time is cut into *spans* of ``LENGTH`` tokens. A program is one warp; it owns ``BV`` columns of one head's state,
-keeps their entries in registers and takes token after token of a span. Entries meet in sums over those of one
-token only, so that nothing can reach an earlier one.
+Time is cut into *spans* of ``LENGTH`` tokens. A program is one warp; it owns ``BV`` columns of one head's
+state, keeps their entries in registers and takes token after token of a span. Entries meet in sums over those
+of one token only, so that nothing can reach an earlier one.
 """
 
 import triton
 import triton.language as tl
 
-from .fused_kernels import LENGTHS
+from .fused_kernels import LENGTHS, LOG2E
 
 
 @triton.jit
 def _decayed(x, g):
     """Return e^g x. What is forgotten slowly takes the series of e^g - 1: errors of e^g would add up."""
-    less = g * (1.0 + g * (1 / 2 + g * (1 / 6 + g * (1 / 24 + g / 120))))
-    return tl.where(tl.abs(g) < 0.125, x + x * less, x * tl.exp(g))
-
-
-@triton.jit
-def _total(x):
-    return tl.sum(tl.sum(x, 0), 0)
+    less = g * (1.0 + g * (1 / 2 + g * (1 / 6 + g * (1 / 24))))
+    return tl.where(tl.abs(g) < 1 / 16, x + x * less, x * tl.exp2(g * LOG2E))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -37,7 +32,7 @@ def walk(
     The state that enters it is read from ``states`` (batch, head, span, key, value) or, with FRESH, is zero.
     With FRESH or CUT the one it ends with goes to ``left``, alike, and with FRESH the sum of the log decay to
     ``forgotten``. With CUT a span ends after the token that ``ends`` names.
-    ``log_decay`` is one number per entry or, with RATED, per column, a step, which ``rate`` (head, key, value)
+    ``log_decay`` is one number per entry or, with RATED, a step per column, which ``rate`` (head, key, value)
     multiplies. ``sums`` is (6, block, batch, head, time): over the entries of the log decay, the squares of
     the decayed state and of the write, their product, the squares of the state, and the state.
     Grid: (head * blocks of columns, span, batch).
@@ -92,11 +87,11 @@ def walk(
         kt = tl.load(k, mask=rows, other=0.0).to(tl.float32)
         vt = tl.load(v, mask=columns, other=0.0).to(tl.float32)
         g = steps * rates if RATED else steps
+        scaled = vt
         if HAS_SCALE:
-            write = kt[:, None] * (vt * tl.load(scale).to(tl.float32))[None, :]
+            scaled = vt * tl.load(scale).to(tl.float32)
             scale += w_t
-        else:
-            write = kt[:, None] * vt[None, :]
+        write = kt[:, None] * scaled[None, :]
         if not whole:  # an infinity times a padding of 0 is a NaN
             g = tl.where(inside, g, 0.0)
             write = tl.where(inside, write, 0.0)
@@ -110,12 +105,12 @@ def walk(
                 out += bypass * vt
             tl.store(y, out.to(y.dtype.element_ty), mask=columns)
         if MEASURE:
-            tl.store(sums, _total(g))
-            tl.store(sums + plane, _total(decayed * decayed))
-            tl.store(sums + 2 * plane, _total(write * write))
-            tl.store(sums + 3 * plane, _total(decayed * write))
-            tl.store(sums + 4 * plane, _total(state * state))
-            tl.store(sums + 5 * plane, _total(state))
+            tl.store(sums, tl.sum(g))
+            tl.store(sums + plane, tl.sum(decayed * decayed))
+            tl.store(sums + 2 * plane, tl.sum(kt * kt) * tl.sum(scaled * scaled))
+            tl.store(sums + 3 * plane, tl.sum(decayed * write))
+            tl.store(sums + 4 * plane, tl.sum(state * state))
+            tl.store(sums + 5 * plane, tl.sum(state))
         q += q_t
         k += k_t
         v += v_t

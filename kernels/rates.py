@@ -1,9 +1,9 @@
 r"""A log decay per entry that is a step times a rate, and is not written out.
 
-In Mamba-1 :math:`g_{t,n,c} = \Delta_{t,c} A_{n,c}`: for ``d_state`` times as many numbers as there are values,
-memory of the size of every state. :class:`Rated` stands for it wherever a log decay does. Stretches of it, and
-it in another dtype or of several calls' heads, are again two factors; tokens summed up are summed as steps; for
-anything else it is written out.
+In Mamba-1 :math:`g_{t,n,c} = \Delta_{t,c} A_{n,c}`, ``d_state`` times as many numbers as there are values.
+:class:`Rated` stands for them wherever a log decay does. Stretches of it, the same in another dtype and the
+heads of several calls side by side are again two factors, tokens are summed up as steps, and for anything else
+it is written out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from statescope.recurrence import Recurrence
+
+TIME, HEADS = 1, 2
 
 _aten = torch.ops.aten
 
@@ -34,10 +36,10 @@ class Rated(Tensor):
     step: Tensor
     rate: Tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, step: Tensor, rate: Tensor) -> Rated:
+    def __new__(cls, step: Tensor, rate: Tensor) -> Rated:  # noqa: D102
         shape = (*step.shape[:3], *rate.shape[1:])
         return Tensor._make_wrapper_subclass(cls, shape, dtype=step.dtype, device=step.device)
 
@@ -52,25 +54,24 @@ class Rated(Tensor):
         return self.step[..., None, :] * self.rate
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, op: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if op._schema.is_mutable:
             raise ValueError("log_decay is a product that nothing can be written into; replace it as a whole")
         x, *others = args
-        of_time = others[:1] in ([1], [[1]])
-        if op is _aten.slice.Tensor and of_time:
+        if op in (_aten.alias.default, _aten._to_copy.default):
+            return cls(op(x.step, **kwargs), op(x.rate, **kwargs))
+        if op is _aten.slice.Tensor and others[:1] == [TIME]:
             return cls(op(x.step, *others, **kwargs), x.rate)
-        if op is _aten.select.int and of_time:
+        if op is _aten.select.int and others[0] == TIME:
             return op(x.step, *others)[:, :, None] * x.rate
-        if op is _aten.sum.dim_IntList and of_time and len(others) == 1:
+        if op is _aten.sum.dim_IntList and others == [[TIME]]:
             total = op(x.step, *others, **kwargs)
             return total[:, :, None] * x.rate.to(total.dtype)
-        if op is _aten._to_copy.default:
-            return cls(op(x.step, **kwargs), op(x.rate, **kwargs))
-        if op is _aten.cat.default and others == [2] and all(isinstance(part, cls) for part in x):
-            return cls(torch.cat([part.step for part in x], 2), torch.cat([part.rate for part in x]))
+        if op is _aten.cat.default and others == [HEADS] and all(isinstance(part, cls) for part in x):
+            return cls(torch.cat([part.step for part in x], HEADS), torch.cat([part.rate for part in x]))
         args, kwargs = tree_map_only(cls, cls.written_out, (args, kwargs))
         return op(*args, **kwargs)
 

@@ -74,6 +74,17 @@ CASES = (
     Case(9, batch=2, heads=1, key=33, value=5, initial=True, keyed=True, erase=True),
     Case(40, heads=1, scale=False, skip=False, keyed=True, erase=True, dtype=torch.float16),
     Case(33, heads=1, initial=True, keyed=True, erase=True, dtype=torch.bfloat16),
+    Case(1, entry=True),
+    Case(63, heads=1, skip=False, entry=True, dtype=torch.bfloat16),
+    Case(64, heads=1, scale=False, rated=True, dtype=torch.float16),
+    Case(65, heads=1, initial=True, rated=True),
+    Case(9, batch=2, heads=4, groups=2, key=5, value=7, initial=True, rated=True),
+    Case(
+        17, groups=2, key=1, value=64, scale=False, skip=False, initial=True, entry=True, dtype=torch.bfloat16
+    ),
+    Case(9, heads=1, key=256, value=3, rated=True),
+    Case(9, heads=1, value=70, initial=True, entry=True),
+    Case(200, heads=1, key=4, value=3, initial=True, rated=True),
 )
 
 LONG_CASES = (
@@ -97,6 +108,11 @@ LONG_CASES = (
     Case(300, heads=2, key=256, value=200, keyed=True, erase=True),
     Case(1000, heads=2, key=256, value=512, initial=True, dtype=torch.bfloat16),
     Case(300, heads=2, key=64, value=320, delta=True, dtype=torch.bfloat16),
+    Case(1000, batch=2, heads=24, value=64, initial=True, scale=False, skip=False, rated=True),
+    Case(4096, heads=6, value=64, rated=True, dtype=torch.bfloat16),
+    Case(4096, heads=4, key=1, value=64, entry=True),
+    Case(1000, heads=3, groups=3, key=64, value=100, initial=True, entry=True),
+    Case(300, heads=2, key=256, value=200, rated=True, dtype=torch.float16),
 )
 """Too long for the interpreter."""
 

@@ -24,7 +24,7 @@ if not torch.cuda.is_available():  # before anything imports triton: the kernels
 
 from cases import OUTPUTS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, loss, reference, windows
+from statescope.kernels import fused, fused_entries, loss, reference, windows
 from statescope.plan import versions
 
 HALF = torch.bfloat16
@@ -39,6 +39,8 @@ SCANS = (
     Case(128, batch=2, key=128, value=64, dtype=HALF),  # bulk copies across sequences
     Case(50, key=128, value=64, initial=True, skip=False),
     Case(40, key=16, value=40, dtype=torch.float16),
+    Case(70, heads=3, groups=3, key=5, value=7, initial=True, rated=True),
+    Case(130, value=70, initial=True, entry=True, dtype=HALF),
     Case(33, heads=1, key=20, value=33, initial=True, delta=True),
     Case(17, heads=1, key=33, value=20, initial=True, delta=True, keyed=True),
 )
@@ -120,6 +122,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.record is None:
         fused.BULK_ROWS = 0  # so that small scans, too, are copied in bulk where they can be
+        fused_entries.ON_GPU = True
         run()
     elif not record(given.record, given.tool):
         sys.exit(f"not clean: see {given.record}")
