@@ -1,16 +1,15 @@
 r"""Decay per entry on a GPU (Triton): Mamba-1, RG-LRU, RWKV-4.
 
 No product of matrices serves it (:mod:`statescope.kernels.stepped` says why), but the entries of a state do
-not meet until they are read. So the text is cut into *spans*, all of which are walked at once, token by token.
-Launches:
+not meet until they are read. So the text is cut into *spans*, all walked at once, token by token. Launches:
 
 1. ``walk`` from a zero state: what each span writes, and how much it forgets.
 2. ``pass_states``: the state that enters each span.
 3. ``walk`` from there: ``y``, and the sums over entries that the measurements are made of.
 
 A token of ``h`` heads of ``k`` keys and ``v`` values takes ``2 h k v`` exponentials and, with all measured,
-about ``30 h k v`` other operations, and moves ``20 h v`` bytes of float32 values, steps and outputs (the first
-two are read twice). Nothing waits for the device.
+about ``30 h k v`` other operations, and moves ``20 h v`` bytes of float32 values, steps and outputs (the
+first two are read twice). Nothing waits for the device.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 r"""A log decay per entry that is a step times a rate, and is not written out.
 
 In Mamba-1 :math:`g_{t,n,c} = \Delta_{t,c} A_{n,c}`, ``d_state`` times as many numbers as there are values.
-:class:`Rated` stands for them wherever a log decay does. Stretches of it, the same in another dtype and the
-heads of several calls side by side are again two factors, tokens are summed up as steps, and for anything else
-it is written out.
+:class:`Rated` stands for them wherever a log decay does. Stretches of it, the same in another dtype and heads
+side by side are again two factors, tokens are summed up as steps, and for anything else it is written out.
 """
 
 from __future__ import annotations
