@@ -40,6 +40,9 @@ TILE = 256
 STATES = 2**26
 """Entries of states kept at once: bounds the memory whatever the length."""
 
+SPANS = 2**16 - 1
+"""Spans walked at once: the most that this axis of a grid takes."""
+
 
 def scan(recurrence: Recurrence, outputs: bool, measure: bool, positions: Sequence[int]) -> ScanOutput:
     """Run a recurrence with decay per entry and no erase term.
@@ -56,7 +59,7 @@ def scan(recurrence: Recurrence, outputs: bool, measure: bool, positions: Sequen
     y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
     steps: list[Steps] = []
     kept: dict[int, Tensor] = {}
-    block = LENGTH * max(1, STATES // (r.batch * r.heads * r.key * r.value))
+    block = LENGTH * max(1, min(SPANS, STATES // (r.batch * r.heads * r.key * r.value)))
     for first in range(0, r.time, block):
         stop = min(first + block, r.time)
         part = _Part(r.between(first, stop, state))

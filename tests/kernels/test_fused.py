@@ -120,7 +120,7 @@ def test_bulk_copies(time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(r, fused.scan(r, positions=(70,)), (70,))
 
 
-@pytest.mark.parametrize("case", [SMALL, Case(70, batch=2, heads=3, key=20, value=33)], ids=str)
+@pytest.mark.parametrize("case", [SMALL, Case(70, batch=2, heads=3, key=20, value=33), ENTRIES], ids=str)
 def test_any_layout(case: Case) -> None:
     r = draw(case, DEVICE)
     twisted = {
