@@ -21,6 +21,8 @@ from triton.compiler import ASTSource
 
 from statescope.kernels import (
     fused,
+    fused_entries,
+    fused_entries_kernels,
     fused_erasing,
     fused_erasing_kernels,
     fused_kernels,
@@ -68,12 +70,14 @@ def source(
             signature[argument] = "constexpr"
         elif argument in shapes and bulk:
             signature[argument] = f"tensordesc<{dtype}[{tiling.chunk}, {shapes[argument]}]>"
-        elif argument in INTEGERS or re.fullmatch("[qkvabgw]_[btghk]", argument):
+        elif argument in INTEGERS or re.fullmatch("[qkvabgwy]_[btghkv]", argument):
             signature[argument] = "i32"
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
-            kinds = {"spoiled": "*i32", "slots": "*i32"} | dict.fromkeys((*shapes, *made), f"*{dtype}")
+            kinds = {"spoiled": "*i32", "slots": "*i32", "ends": "*i64"} | dict.fromkeys(
+                (*shapes, *made), f"*{dtype}"
+            )
             signature[argument] = kinds.get(argument, "*fp32")
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -125,6 +129,21 @@ def erasing(
     return found
 
 
+def entries(target: str, backend: str, where: GPUTarget) -> dict[str, dict[str, int]]:
+    """Compile the walks where entries decay: a Mamba-1 of 5120 channels, float32 as its values are."""
+    shape = {"HEADS": 80, "GROUPS": 1, "KEY": 16, "VALUE": 64}
+    tiling = fused.Tiling(fused_entries.LENGTH, 16, min(64, fused_entries.ENTRIES // 16))
+    asked = {"CUT": False, "HAS_SCALE": False, "HAS_SKIP": False}
+    found = {}
+    for label, rated, first in (("enter Mamba-1", True, True), ("read Mamba-1", True, False),
+                                ("read entries", False, False)):  # fmt: skip
+        kind = {"RATED": rated, "FRESH": first, "OUTPUTS": not first, "MEASURE": not first}
+        described = source(fused_entries_kernels.walk, tiling, "fp32", False, **shape, **asked, **kind)
+        compiled = triton.compile(described, target=where, options={"num_warps": 1})
+        found[f"{label} {target}"] = usage(compiled, backend)
+    return found
+
+
 def main() -> None:
     """Compile every kernel that walks, for every target asked for."""
     read = {"OUTPUTS": True, "MEASURE": True, "HAS_SKIP": True}
@@ -149,6 +168,7 @@ def main() -> None:
                 results[f"{label} {dtype} {target}"] = usage(compiled, backend)
         for structure, constants in STRUCTURES.items():
             results |= erasing(structure, constants, target, backend, where)
+        results |= entries(target, backend, where)
         thin = {"steps": "*fp32", "out": "*fp32", "TIME": "i32", "HEADS": "i32", "WINDOW": "i32"}
         loss = {"logits": "*bf16", "stride": "i32", "targets": "*i64", "loss": "*fp32", "VOCABULARY": "i32"}
         for label, warps, described in (
