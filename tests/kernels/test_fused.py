@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, fused_erasing, reference
+from statescope.kernels import fused, fused_entries, fused_erasing, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.kernels.rates import Rated
 from statescope.recurrence import Recurrence
