@@ -3,13 +3,14 @@ r"""Erase terms and decay per key on a GPU (Triton): the delta rule, GLA, HGRN-2
 The algebra is that of :mod:`statescope.kernels.keyed` and :mod:`statescope.kernels.erasing`. All launches
 but ``walk`` do all chunks at once:
 
-1. ``relate``: what the rows of a chunk erase, and what their queries read, of its earlier writes.
+1. ``relate``: what the rows of a chunk erase, and what their queries read, of its earlier writes. Chunks of
+   which a key forgets more than float32 holds are cut into parts, by a second launch.
 2. ``invert``: the triangular system of what is erased, where something is.
 3. ``solve``: what each chunk does to whatever state enters it.
 4. ``walk``: over all chunks for each head and block of columns, with the state in registers; all it computes
    for a chunk are two products, or one where nothing is erased.
 5. ``read``: ``y``.
-6. ``measure``: what is written beside what is stored.
+6. ``measure``: what is written beside what is stored; as ``relate`` in two launches.
 7. ``tally``: energy and sum of each row of the state, token by token inside the chunks.
 
 A chunk is so many *writes* of rank one. A token of the delta rule makes one, :math:`k_t u_t^\top`; with any
@@ -38,7 +39,7 @@ ROWS = 2**21
 
 
 PART = 16
-"""Rows that are related to all before them at once; that of the kernels."""
+"""Rows that are related to earlier ones at once where keys forget much; the fewest a matrix unit takes."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class Tiling:
     walked: int
     walk_warps: int = 4
     walk_stages: int = 1
-    relate_warps: int = 4
+    whole_warps: int = 4
+    part_warps: int = 2
     invert_warps: int = 4
     solve_warps: int = 4
     read_warps: int = 4
-    measure_warps: int = 4
     tally_warps: int = 1
 
 
@@ -157,7 +158,6 @@ def _run(
     rows, length = writes * r.time, cut.chunk
     chunks = -(-rows // length)
     padded = chunks * length
-    parts = length // PART
     slices, columns, blocks = -(-r.key // cut.slice), -(-r.value // cut.columns), -(-r.value // cut.walked)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -186,10 +186,13 @@ def _run(
     wide = shape | {"VALUE": r.value, "BV": cut.columns, "BS": cut.slice, "KEYED": not r.scalar_decay}
     exact = {"PRECISION": "tf32x3" if torch.version.cuda else "ieee", "SPLIT": split}
     scaled = r.write_scale is not None
-    if outputs or r.erases:
-        kernels.relate[(chunks * parts, r.heads, r.batch)](
-            *q, *k, *decay, *along, *erase, system, seen, rows, padded, **shape, **exact, BS=cut.slice,
-            KEYED=not r.scalar_decay, ERASES=r.erases, OUTPUTS=outputs, num_warps=cut.relate_warps,
+    fast = empty(*heads, chunks, dtype=torch.int32)
+    turns = (True, length, cut.whole_warps), (False, PART, cut.part_warps)
+    for whole, part, warps in turns:
+        kernels.relate[(chunks * length // part, r.heads, r.batch)](
+            *q, *k, *decay, *along, *erase, system, seen, fast, rows, padded, chunks, **shape, **exact,
+            PART=part, WHOLE=whole, BS=cut.slice, KEYED=not r.scalar_decay, ERASES=r.erases,
+            OUTPUTS=outputs, num_warps=warps,
         )  # fmt: skip
     if r.erases:
         kernels.invert[(chunks, r.heads, r.batch)](
@@ -224,26 +227,26 @@ def _run(
     steps, erased = None, None
     if measure:
         erased = empty(2, r.batch, rows, r.heads) if r.delta_rule else None
-        sums, written, cross, added, both, decayed, total = empty(7, r.batch, rows, r.heads)
-        kernels.measure[(chunks * parts, r.heads, r.batch)](
-            *k, *v, *weight, *decay, *erase, values, states, gained, sums, written, cross, added, both,
-            kept if erased is None else erased, rows, padded, chunks, r.batch, **wide, **exact,
-            DELTA=r.delta_rule, HAS_SCALE=scaled, num_warps=cut.measure_warps,
-        )  # fmt: skip
+        sums, written, cross, added, both, decayed, total, pace = empty(8, r.batch, rows, r.heads)
+        for whole, part, warps in turns:
+            kernels.measure[(chunks * length // part, r.heads, r.batch)](
+                *k, *v, *weight, *decay, *erase, values, states, fast, gained, sums, written, cross, added,
+                both, kept if erased is None else erased, rows, padded, chunks, r.batch, **wide, **exact,
+                PART=part, WHOLE=whole, DELTA=r.delta_rule, HAS_SCALE=scaled, num_warps=warps,
+            )  # fmt: skip
         kernels.tally[(chunks, r.heads, r.batch)](
-            *k, *decay, *erase, energy, gained, sums, decayed, total, rows, padded, chunks, r.batch, **shape,
-            BK=cut.keys, BLOCKS=blocks, num_warps=cut.tally_warps,
+            *k, *decay, *erase, energy, gained, sums, decayed, total, pace, rows, padded, chunks, r.batch,
+            **shape, BK=cut.keys, BLOCKS=blocks, num_warps=cut.tally_warps,
         )  # fmt: skip
-        steps = _steps(
-            r, Measured(decayed, written, cross, (total + added) / (r.key * r.value)), both, writes
-        )
+        mean = (total + added) / (r.key * r.value)
+        steps = _steps(Measured(decayed, written, cross, mean), both, pace, writes)
     at = [_after(r, writes, entered[held.index((writes * p + writes - 1) // length)], p, length, values)
           for p in positions]  # fmt: skip
     states = torch.stack(at, 1) if at else empty(r.batch, 0, r.heads, r.key, r.value)
     return ScanOutput(y, steps, states, final, erased)
 
 
-def _steps(r: Recurrence, measured: Measured, both: Tensor, writes: int) -> Steps:
+def _steps(measured: Measured, both: Tensor, pace: Tensor, writes: int) -> Steps:
     if writes == 2:
         erased, added = measured.every_other()
         measured = Measured(
@@ -252,7 +255,7 @@ def _steps(r: Recurrence, measured: Measured, both: Tensor, writes: int) -> Step
             cross=erased.cross + added.cross,
             mean=added.mean,
         )
-    return measured.steps(r.log_decay.float() if r.scalar_decay else r.log_decay.float().mean(-1))
+    return measured.steps(pace[:, ::writes])
 
 
 def _after(

@@ -16,11 +16,8 @@ from .fused_kernels import _bounded
 SIZES = ["ROWS", "PADDED", "CHUNKS", "BATCH"]
 """Arguments for whose values nothing is compiled anew: texts differ in length."""
 
-PART = tl.constexpr(16)
-"""Rows that are related to all before them at once; the fewest that a matrix unit takes."""
-
-RANGE = tl.constexpr(80.0)
-"""Most that the keys of a part may forget for one product, base 2: its factors stay below 2^80."""
+RANGE = tl.constexpr(100.0)
+"""Most that a key may forget for one product of related rows, base 2: its factors stay below 2^100."""
 
 
 @triton.jit
@@ -103,17 +100,23 @@ def _early(g, rows, begin, KEYED: tl.constexpr):
     found = tl.where(
         (rows < begin)[:, None], _running(past, KEYED, True) - past, -_running(within, KEYED, False)
     )
-    return tl.exp2(tl.where(found > RANGE, RANGE, found))
+    return _factor(found)
+
+
+@triton.jit
+def _factor(x):
+    """A power of two that stays finite; not by minimum(), which may drop a NaN."""
+    return tl.exp2(tl.where(x > RANGE, RANGE, x))
 
 
 @triton.jit
 def _too_far(local):
-    """Whether some key forgets more within the part than :data:`RANGE`."""
+    """Whether some key forgets more than :data:`RANGE`."""
     return tl.max((local < -RANGE).to(tl.int32)) > 0
 
 
 @triton.jit
-def _one_by_one(x, at, k, local, begin, rows):
+def _one_by_one(x, at, k, local, begin, rows, PART: tl.constexpr):
     r"""What rows of a part read of one another, :math:`\sum_k e^{at_t - local_j} x_t k_j`, pair by pair."""
     found = tl.zeros((x.shape[0], rows.shape[0]), tl.float32)
     for j in range(PART):
@@ -128,15 +131,21 @@ def _inverse(system, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constex
 
     Diagonal blocks of 16 row by row, all at once; then blocks two by two, :math:`D + D M_{10} D`.
     """
+    blocks: tl.constexpr = L // 16
     rows = tl.arange(0, L)
     down, across = rows[:, None], rows[None, :]
     own = tl.where(down // 16 == across // 16, system, 0.0)
-    found = tl.where(down == across, 1.0, 0.0)
+    own = tl.sum(tl.reshape(own, (blocks, 16, blocks, 16)), 2)
+    place = tl.arange(0, 16)
+    solved = (
+        tl.zeros((blocks, 16, 16), tl.float32) + tl.where(place[:, None] == place[None, :], 1.0, 0.0)[None]
+    )
     for row in range(1, 16):
-        chosen = down % 16 == row
-        weights = tl.sum(tl.where(chosen, own, 0.0), 0)  # of the rows above, in every block
-        solved = tl.sum(weights[:, None] * found, 0)
-        found += tl.where(chosen & (down // 16 == across // 16), solved[None, :], 0.0)
+        chosen = (place == row)[None, :, None]
+        weights = tl.sum(tl.where(chosen, own, 0.0), 1)  # of the rows above, in every block
+        solved += tl.where(chosen, tl.sum(weights[:, :, None] * solved, 1)[:, None, :], 0.0)
+    same = (tl.arange(0, blocks)[:, None] == tl.arange(0, blocks)[None, :])[:, None, :, None]
+    found = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (L, L))
     if L > 16:
         between = tl.where((down // 32 == across // 32) & (down // 16 > across // 16), system, 0.0)
         found = _joined(found, between, L, SPLIT, PRECISION)
@@ -201,9 +210,10 @@ def _finite(x):
 @triton.jit(do_not_specialize=SIZES)
 def relate(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
-    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen,
-    ROWS, PADDED,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, L: tl.constexpr, BS: tl.constexpr,
+    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, fast,
+    ROWS, PADDED, CHUNKS,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr, BS: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     KEYED: tl.constexpr, PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -211,13 +221,18 @@ def relate(
 
     ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
     :math:`j \le t`, where x is what erases (:func:`solve`), or the query. The decay between two rows is split
-    at the row that the later one's part begins with. Grid: (chunks * parts, heads, batch).
+    where the later one's part begins, with WHOLE the chunk. Where a key forgets too much for that, ``fast``
+    (batch, head, chunk) is 1, and the chunk is for a second launch. Grid: (chunks * parts, heads, batch).
     """
     parts: tl.constexpr = L // PART
     chunk = (tl.program_id(0) // parts).to(tl.int64)
     begin = tl.program_id(0) % parts * PART
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
+    fast += (batch * HEADS + head) * CHUNKS + chunk
+    if not WHOLE:
+        if tl.load(fast) == 0:
+            return
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
     own = begin + tl.arange(0, PART)
@@ -231,38 +246,46 @@ def relate(
     log_decay += batch * g_b + first * g_t + head * g_h
     erased = tl.zeros((PART, L), tl.float32)
     read = tl.zeros((PART, L), tl.float32)
+    too_far = 0
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
         paces = start + tl.arange(0, BS if KEYED else 1)
         g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY)
         early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-        early *= _early(g, rows, begin, KEYED)
-        g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, paces, KEY)
-        local = _running(g, KEYED, False)
-        far = _too_far(local)
-        if far:
-            early = tl.where((rows < begin)[:, None], early, 0.0)
+        kt = early
+        if WHOLE:
+            local = _running(g, KEYED, False)
+            early *= _factor(-local)
+            far = _too_far(local)
+            too_far = tl.maximum(too_far, far.to(tl.int32))
+        else:
+            early *= _early(g, rows, begin, KEYED)
+            g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, paces, KEY)
+            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+            local = _running(g, KEYED, False)
+            far = _too_far(local)
+            if far:
+                early = tl.where((rows < begin)[:, None], early, 0.0)
         if ERASES:
+            xt, at = kt, local
             if PAIRS:
                 asked = own_decays[:, None] & (keys < KEY)[None, :]
                 xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
-                xt = xt.to(tl.float32)
-                at = local - g
-            else:
-                xt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-                at = local
+                xt, at = xt.to(tl.float32), local - g
             erased = _exact(xt * tl.exp2(at), tl.trans(early), erased, SPLIT, PRECISION)
-            if far:
-                kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-                erased += _one_by_one(xt, at, kt, local, begin, rows)
+            if not WHOLE:
+                if far:
+                    erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
         if OUTPUTS:
             asked = own_ends[:, None] & (keys < KEY)[None, :]
             qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
             qt = qt.to(tl.float32)
             read = _dot(qt * tl.exp2(local), tl.trans(early), read, SPLIT, PRECISION)
-            if far:
-                kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-                read += _one_by_one(qt, local, kt, local, begin, rows)
+            if not WHOLE:
+                if far:
+                    read += _one_by_one(qt, local, kt, local, begin, rows, PART)
+    if WHOLE:
+        tl.store(fast, too_far)
     related = own[:, None] >= rows[None, :]
     at = (((batch * HEADS + head) * PADDED + chunk * L) + own)[:, None] * L + rows[None, :]
     if ERASES:
@@ -516,10 +539,11 @@ def read(
 @triton.jit(do_not_specialize=SIZES)
 def measure(
     k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
-    a, a_b, a_t, a_h, values, states, gained, sums, written, cross, added, both, erased,
+    a, a_b, a_t, a_h, values, states, fast, gained, sums, written, cross, added, both, erased,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     KEYED: tl.constexpr, PAIRS: tl.constexpr, DELTA: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     r"""Bring what is written and what is stored together, all chunks at once.
@@ -530,13 +554,15 @@ def measure(
     sum of the value that is written. With PAIRS the second row of each leaves the first out of its
     ``cross``, and ``both`` (batch, row, head) is the product of the two writes. Under the delta rule
     ``erased`` (2, batch, row, head) is what :class:`statescope.kernels.interface.ScanOutput` calls so.
-    Grid: (chunks * parts, heads, batch).
+    With WHOLE it is for chunks that are not ``fast`` (:func:`relate`). Grid: (chunks * parts, heads, batch).
     """
     parts: tl.constexpr = L // PART
     chunk = (tl.program_id(0) // parts).to(tl.int64)
     begin = tl.program_id(0) % parts * PART
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
+    if (tl.load(fast + (batch * HEADS + head) * CHUNKS + chunk) == 0) != WHOLE:
+        return
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
     own = begin + tl.arange(0, PART)
@@ -566,7 +592,9 @@ def measure(
         at = rows[:, None] * VALUE + columns[None, :]
         earlier = tl.load(values + at, mask=inside & (rows < begin + PART)[:, None], other=0.0)
         at = own[:, None] * VALUE + columns[None, :]
-        u = tl.load(values + at, mask=inside & (own < L)[:, None], other=0.0)
+        u = earlier
+        if not WHOLE:
+            u = tl.load(values + at, mask=inside & (own < L)[:, None], other=0.0)
         gram = _dot(u, tl.trans(earlier), gram, SPLIT, PRECISION)
         squares += _along(u * u)
         total += _along(u)
@@ -592,23 +620,8 @@ def measure(
         keys = start + tl.arange(0, BS)
         paces = start + tl.arange(0, BS if KEYED else 1)
         g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY))[0]
-        early = _finite(_written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS))[0]
-        early *= _early(g, rows, begin, KEYED)
-        before = tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :]
-        g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, paces, KEY))[0]
-        local = _running(g, KEYED, False)
-        kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-        far = _too_far(local)
-        if far:
-            early = tl.where((rows < begin)[:, None], early, 0.0)
-        found = _dot(gram, early, tl.zeros((PART, BS), tl.float32), SPLIT, PRECISION) * tl.exp2(local)
-        if far:
-            fine = _finite(kt)[0]
-            for j in range(PART):
-                weights = _along(tl.where((rows == begin + j)[None, :], gram, 0.0))
-                past = tl.exp2(tl.minimum(local - _of_row(local, j)[None, :], 0.0))
-                past = tl.where((own > begin + j)[:, None], past, 0.0)
-                found += weights * past * _of_row(fine, j)[None, :]
+        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+        early = _finite(kt)[0]
         stored = tl.zeros((PART, BS), tl.float32)
         for block in range(0, VALUE, BV):
             columns = block + tl.arange(0, BV)
@@ -617,7 +630,27 @@ def measure(
             inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
             state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
             stored = _dot(u, tl.trans(state), stored, SPLIT, PRECISION)
-        stored = (stored * tl.exp2(before + local) + found) * kt
+        if WHOLE:
+            local = _running(g, KEYED, False)
+            stored = _dot(gram, early * _factor(-local), stored, SPLIT, PRECISION) * tl.exp2(local)
+        else:
+            early *= _early(g, rows, begin, KEYED)
+            stored *= tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
+            g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, paces, KEY))[0]
+            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+            local = _running(g, KEYED, False)
+            far = _too_far(local)
+            if far:
+                early = tl.where((rows < begin)[:, None], early, 0.0)
+            stored = _dot(gram, early, stored, SPLIT, PRECISION) * tl.exp2(local)
+            if far:
+                fine = _finite(kt)[0]
+                for j in range(PART):
+                    weights = _along(tl.where((rows == begin + j)[None, :], gram, 0.0))
+                    past = tl.exp2(tl.minimum(local - _of_row(local, j)[None, :], 0.0))
+                    past = tl.where((own > begin + j)[:, None], past, 0.0)
+                    stored += weights * past * _of_row(fine, j)[None, :]
+        stored *= kt
         crossed += _along(stored)
         key_squares += _along(kt * kt)
         key_sums += _along(kt)
@@ -647,7 +680,8 @@ def measure(
 
 @triton.jit(do_not_specialize=SIZES)
 def tally(
-    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, energy, gained, sums, decayed, total,
+    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
+    energy, gained, sums, decayed, total, pace,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
     L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, PAIRS: tl.constexpr,
@@ -655,7 +689,7 @@ def tally(
     """Follow energy and sum of every row of the state through each chunk, row of the text by row.
 
     ``decayed`` and ``total`` (batch, row, head) are what the whole state has of both once it has decayed,
-    before the write. Grid: (chunks, heads, batch).
+    before the write; ``pace`` is the mean log decay. Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -679,7 +713,9 @@ def tally(
         token = row // 2 if PAIRS else row
         decays = row % 2 == 0 if PAIRS else row >= 0
         inside = (keys < KEY) & decays
-        fall = tl.exp2(_bounded(tl.load(log_decay + token * g_t + keys * g_k, mask=inside, other=0.0)))
+        g = tl.load(log_decay + token * g_t + keys * g_k, mask=inside, other=0.0).to(tl.float32)
+        tl.store(pace + at + row * HEADS, tl.sum(g) / KEY)
+        fall = tl.exp2(_bounded(g))
         squares *= fall * fall
         entries *= fall
         tl.store(decayed + at + row * HEADS, tl.sum(squares))
