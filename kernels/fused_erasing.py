@@ -46,7 +46,8 @@ PART = 16
 class Tiling:
     """How a shape is cut up: rows of a chunk, keys and columns at once, and the warps of every launch.
 
-    ``walk`` has all ``keys`` of ``walked`` columns of the state, the others ``slice`` keys of ``columns``.
+    ``walk`` has all ``keys`` of ``walked`` columns of the state, ``solve`` ``solve_slice`` of the first or
+    ``solve_columns`` of the second, and the others ``slice`` keys of ``columns``.
     """
 
     chunk: int
@@ -54,10 +55,12 @@ class Tiling:
     slice: int
     columns: int
     walked: int
-    walk_warps: int = 4
+    solve_slice: int
+    solve_columns: int
     walk_stages: int = 1
+    walk_warps: int = 4
     whole_warps: int = 4
-    part_warps: int = 2
+    part_warps: int = 4
     invert_warps: int = 4
     solve_warps: int = 4
     read_warps: int = 4
@@ -84,8 +87,10 @@ def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
     """
     keys, values = (max(16, 1 << (n - 1).bit_length()) for n in (recurrence.key, recurrence.value))
     if half and modern:
-        return Tiling(64, keys, 64, 64, 32, walk_stages=2)
-    return Tiling(32 if keys <= 128 else 16, keys, min(keys, 32), min(values, 32), 16)
+        slice = 64 if recurrence.scalar_decay else 32
+        return Tiling(64, keys, slice, 64, 32, 64, min(values, 128), walk_stages=3, invert_warps=2)
+    some, columns = min(keys, 32), min(values, 32)
+    return Tiling(32 if keys <= 128 else 16, keys, some, columns, 16, some, columns)
 
 
 def scan(
@@ -158,7 +163,8 @@ def _run(
     rows, length = writes * r.time, cut.chunk
     chunks = -(-rows // length)
     padded = chunks * length
-    slices, columns, blocks = -(-r.key // cut.slice), -(-r.value // cut.columns), -(-r.value // cut.walked)
+    columns, blocks = -(-r.value // cut.columns), -(-r.value // cut.walked)
+    pieces = -(-r.key // cut.solve_slice) + -(-r.value // cut.solve_columns)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=r.v.device)
@@ -199,10 +205,10 @@ def _run(
             system, *erase, rows, padded, HEADS=r.heads, L=length, PAIRS=writes == 2, **exact,
             num_warps=cut.invert_warps,
         )  # fmt: skip
-    kernels.solve[(chunks * (slices + columns), r.heads, r.batch)](
+    kernels.solve[(chunks * pieces, r.heads, r.batch)](
         *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values,
-        rows, padded, chunks, r.batch, **wide, **exact, ERASES=r.erases, HAS_SCALE=scaled,
-        num_warps=cut.solve_warps,
+        rows, padded, chunks, r.batch, **wide | {"BS": cut.solve_slice, "BV": cut.solve_columns}, **exact,
+        ERASES=r.erases, HAS_SCALE=scaled, num_warps=cut.solve_warps,
     )  # fmt: skip
     held = sorted({(writes * p + writes - 1) // length for p in positions})
     entered, slots = final, kept
