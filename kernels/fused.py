@@ -13,8 +13,8 @@ the inputs lie column by column):
 6. ``measure_steps``: norms and means by scalar recurrences inside each chunk, from what the walks carried to
    it; the walks start from the states of step 3, so that no error builds up from span to span.
 
-This is for one decay per head and no erase term; all else that is served is for
-:mod:`statescope.kernels.fused_erasing`.
+This is for one decay per head and no erase term; decay per entry is for
+:mod:`statescope.kernels.fused_entries`, all else that is served for :mod:`statescope.kernels.fused_erasing`.
 
 With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, a token moves ``6 h v`` bytes of values and
 outputs (values are read twice) and about ``60 h`` of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))``
@@ -38,8 +38,10 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from . import fused_erasing
+from . import fused_entries, fused_erasing
 from .interface import ScanOutput, Steps
+from .rates import Rated
+from .rows import by_rows
 
 PROGRAMS = 1584
 """Most spans times heads: twelve on each of 132 multiprocessors, six rounds of two or four of three."""
@@ -58,10 +60,8 @@ def supports(recurrence: Recurrence) -> str | None:
     """Return None if the kernel serves this recurrence, else the reason why not."""
     if not _installed():
         return "triton is not installed"
-    if recurrence.log_decay.ndim == 5:
-        return "the decay is per entry"
-    if not _interpreted() and (reason := spared(recurrence)):
-        return reason
+    if recurrence.log_decay.ndim == 5 and recurrence.erases:
+        return "the decay is per entry, with an erase term"
     for name, tensor in recurrence.tensors().items():
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"{name} is {tensor.dtype}; bfloat16, float16 and float32 are served"
@@ -73,14 +73,6 @@ def supports(recurrence: Recurrence) -> str | None:
         return "there is no token"
     if not (recurrence.v.is_cuda or _interpreted()):
         return f"the tensors are on {recurrence.v.device}, not on a GPU"
-    return None
-
-
-def spared(recurrence: Recurrence) -> str | None:
-    """Return why no GPU is given this recurrence, if so, though the interpreter is."""
-    erasing = recurrence.erases or not recurrence.scalar_decay
-    if erasing and not fused_erasing.ON_GPU:
-        return "decay per key and erase terms are not served on a GPU yet"
     return None
 
 
@@ -117,7 +109,11 @@ def scan(
         raise ValueError(f"positions {list(positions)} do not all lie in 0 to {recurrence.time - 1}")
     with torch.cuda.device(recurrence.v.device) if recurrence.v.is_cuda else contextlib.nullcontext():
         if recurrence.erases or not recurrence.scalar_decay:
-            q, k, v = (_by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
+            q, k, v = (by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
+            if (g := recurrence.log_decay).ndim == 5:
+                g = Rated(by_rows(g.step), g.rate.contiguous()) if isinstance(g, Rated) else g
+                r = recurrence.replace(q=q, k=k, v=v, log_decay=g)
+                return fused_entries.scan(r, outputs, measure, positions)
             modern = _interpreted() or _bulk_copies(recurrence.v)
             return fused_erasing.scan(recurrence, q, k, v, outputs, measure, positions, modern)
         return _Scan(recurrence, outputs, measure).run(positions)
@@ -173,29 +169,13 @@ def _bulk_copies(x: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
-def _by_rows(x: Tensor) -> Tensor:
-    """Copy only where a row is not contiguous or the offsets inside a chunk would need 64 bits."""
-    if x.stride(-1) == 1 and x.stride(1) < 2**23:
-        return x
-    batch, time, heads, width = x.shape
-    if x.stride(1) != 1 or (heads > 1 and x.stride(2) != width * x.stride(3)):
-        return x.contiguous()
-    from . import fused_kernels
-
-    rows = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # a convolution in torch leaves columns
-    lay_rows: Any = fused_kernels.lay_rows
-    grid = (-(-time // 64), -(-heads * width // 64), batch)
-    lay_rows[grid](x, x.stride(0), x.stride(3), rows, time, heads * width, BT=64, BD=64, num_warps=4)
-    return rows
-
-
 class _Scan:
     """One scan: the launches and the buffers between them."""
 
     def __init__(self, r: Recurrence, outputs: bool, measure: bool) -> None:
         self.r, self.outputs, self.measure = r, outputs, measure
         self.tiling = tiling = _tiling(r.key, r.value, _half(r), _interpreted() or _bulk_copies(r.v))
-        self.q, self.k, self.v = (_by_rows(x) for x in (r.q, r.k, r.v))
+        self.q, self.k, self.v = (by_rows(x) for x in (r.q, r.k, r.v))
         self.initial = None if r.initial_state is None else r.initial_state.contiguous()
         self.chunks = -(-r.time // tiling.chunk)
         self.blocks = -(-r.value // tiling.values)

@@ -1,12 +1,17 @@
 r"""Erase terms and decay per key on a GPU (Triton): the delta rule, GLA, HGRN-2, RWKV-6 and 7, KDA.
 
-The algebra is that of :mod:`statescope.kernels.keyed` and :mod:`statescope.kernels.erasing`. Launches:
+The algebra is that of :mod:`statescope.kernels.keyed` and :mod:`statescope.kernels.erasing`. All launches
+but ``walk`` do all chunks at once:
 
-1. ``solve``: what each chunk does to whatever state enters it, all chunks at once.
-2. ``walk``: one walk over all chunks for each head and block of columns, with the state in registers; all it
-   computes for a chunk are two products, or one where nothing is erased.
-3. ``read``: ``y``, and the sums of which :class:`statescope.kernels.keyed.Measured` makes the measurements,
-   all chunks at once.
+1. ``relate``: what the rows of a chunk erase, and what their queries read, of its earlier writes. Chunks of
+   which a key forgets more than float32 holds are cut into parts, by a second launch.
+2. ``invert``: the triangular system of what is erased, where something is.
+3. ``solve``: what each chunk does to whatever state enters it.
+4. ``walk``: over all chunks for each head and block of columns, with the state in registers; all it computes
+   for a chunk are two products, or one where nothing is erased.
+5. ``read``: ``y``.
+6. ``measure``: what is written beside what is stored; as ``relate`` in two launches.
+7. ``tally``: energy and sum of each row of the state, token by token inside the chunks.
 
 A chunk is so many *writes* of rank one. A token of the delta rule makes one, :math:`k_t u_t^\top`; with any
 other erase term it makes two, of which the second decays nothing: :math:`a_t z_t^\top` and :math:`k_t
@@ -29,38 +34,41 @@ from statescope.recurrence import Recurrence
 from .interface import ScanOutput, Steps
 from .keyed import Measured
 
-ON_GPU = False
-"""Whether a GPU may run it. On an H200 all long cases of the tests were right, but some of 16 keys and values
-were wrong, and one choice of tiles read outside its memory. Until that is understood torch serves them."""
-
 ROWS = 2**21
 """Writes times heads times sequences worked on at once: bounds the memory whatever the length."""
 
 
+PART = 16
+"""Rows that are related to earlier ones at once where keys forget much; the fewest a matrix unit takes."""
+
+
 @dataclass(frozen=True)
 class Tiling:
-    """How a shape is cut up: rows of a chunk, keys, and of each launch columns, warps and stages.
+    """How a shape is cut up: rows of a chunk, keys and columns at once, and the warps of every launch.
 
-    ``slice`` is how many keys of the state ``solve`` and ``read`` multiply at once.
+    ``walk`` has all ``keys`` of ``walked`` columns of the state, ``solve`` ``solve_slice`` of the first or
+    ``solve_columns`` of the second, and the others ``slice`` keys of ``columns``.
     """
 
     chunk: int
     keys: int
     slice: int
+    columns: int
+    walked: int
+    solve_slice: int
     solve_columns: int
-    solve_warps: int
-    walk_columns: int
-    walk_warps: int
-    walk_stages: int
-    read_columns: int
-    read_warps: int
+    walk_stages: int = 1
+    walk_warps: int = 4
+    whole_warps: int = 4
+    part_warps: int = 4
+    invert_warps: int = 4
+    solve_warps: int = 4
+    read_warps: int = 4
+    tally_warps: int = 1
 
 
 def halves(recurrence: Recurrence) -> bool:
-    """Whether products that feed back take three products of bfloat16 halves, in chunks of 64.
-
-    On a GPU (H200, Triton 3.6) smaller tiles in such chunks were wrong; they are computed in tf32.
-    """
+    """Whether products that feed back take three products of bfloat16 halves, in chunks of 64."""
     r = recurrence
     return r.v.dtype == torch.bfloat16 and 32 < r.key <= 128 and r.value > 32
 
@@ -79,9 +87,10 @@ def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
     """
     keys, values = (max(16, 1 << (n - 1).bit_length()) for n in (recurrence.key, recurrence.value))
     if half and modern:
-        return Tiling(64, keys, 64, 64, 8, 32, 4, 2, 64, 8)
-    some = min(values, 32)
-    return Tiling(32 if keys <= 128 else 16, keys, min(keys, 32), some, 4, 16, 4, 1, some, 4)
+        slice = 64 if recurrence.scalar_decay else 32
+        return Tiling(64, keys, slice, 64, 32, 64, min(values, 128), walk_stages=3, invert_warps=2)
+    some, columns = min(keys, 32), min(values, 32)
+    return Tiling(32 if keys <= 128 else 16, keys, some, columns, 16, some, columns)
 
 
 def scan(
@@ -154,37 +163,52 @@ def _run(
     rows, length = writes * r.time, cut.chunk
     chunks = -(-rows // length)
     padded = chunks * length
-    blocks = -(-r.value // cut.walk_columns)
+    columns, blocks = -(-r.value // cut.columns), -(-r.value // cut.walked)
+    pieces = -(-r.key // cut.solve_slice) + -(-r.value // cut.solve_columns)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=r.v.device)
 
     heads = (r.batch, r.heads)
     split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
+    rounded = torch.bfloat16 if split else torch.float32
     rows_of_keys = empty(1 + r.erases, *heads, padded, r.key)  # float32, or two bfloat16 in its place
+    gained = rows_of_keys[0]  # in place of the keys, once these have been walked with
     remaining, through = rows_of_keys[0], rows_of_keys[-1]
     if split:
         remaining, through = (x.view(torch.bfloat16).view(2, -1) for x in (remaining, through))
     values, final = empty(*heads, padded, r.value), empty(*heads, r.key, r.value)
     kept = empty(*heads, chunks, r.key)
-    reads = outputs or measure
-    states = final
-    if reads:
-        states = empty(*heads, chunks, r.key, r.value, dtype=torch.bfloat16 if split else torch.float32)
-    energy = empty(*heads, chunks, blocks, r.key) if measure else kept
+    states = empty(*heads, chunks, r.key, r.value, dtype=rounded) if outputs or measure else final
+    energy = empty(2, *heads, chunks, blocks, r.key) if measure else kept
+    system = empty(*heads, padded, length) if r.erases else kept
+    seen = empty(*heads, padded, length, dtype=rounded) if outputs else kept
     scale = r.log_decay if r.write_scale is None else r.write_scale
     a = r.log_decay if r.a is None else r.a if r.a.stride(-1) == 1 or r.delta_rule else r.a.contiguous()
     b = r.log_decay if r.b is None else r.b if r.b.stride(-1) == 1 else r.b.contiguous()
+    q, k, v, weight, erase, along = ((x, *x.stride()[:3]) for x in (r.q, r.k, r.v, scale, a, b))
     decay = (r.log_decay, *r.log_decay.stride()[:3], 0 if r.scalar_decay else r.log_decay.stride(3))
-    tensors = (r.k, *r.k.stride()[:3], r.v, *r.v.stride()[:3], scale, *scale.stride()[:3], *decay)
-    sizes = {"HEADS": r.heads, "KEY": r.key, "VALUE": r.value, "L": length}
-    kind = {"GROUPS": r.groups, "KEYED": not r.scalar_decay, "PAIRS": writes == 2}
-    exact = {"PRECISION": "tf32x3" if torch.version.cuda else "ieee"}
+    shape = {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": length, "PAIRS": writes == 2}
+    wide = shape | {"VALUE": r.value, "BV": cut.columns, "BS": cut.slice, "KEYED": not r.scalar_decay}
+    exact = {"PRECISION": "tf32x3" if torch.version.cuda else "ieee", "SPLIT": split}
     scaled = r.write_scale is not None
-    kernels.solve[(chunks, r.heads, r.batch)](
-        *tensors, b, *b.stride()[:3], a, *a.stride()[:3], remaining, kept, through, values,
-        rows, padded, chunks, r.batch, **sizes, **kind, **exact, SPLIT=split, BS=cut.slice,
-        BV=cut.solve_columns, ERASES=r.erases, HAS_SCALE=scaled, num_warps=cut.solve_warps,
+    fast = empty(*heads, chunks, dtype=torch.int32)
+    turns = (True, length, cut.whole_warps), (False, PART, cut.part_warps)
+    for whole, part, warps in turns:
+        kernels.relate[(chunks * length // part, r.heads, r.batch)](
+            *q, *k, *decay, *along, *erase, system, seen, fast, rows, padded, chunks, **shape, **exact,
+            PART=part, WHOLE=whole, BS=cut.slice, KEYED=not r.scalar_decay, ERASES=r.erases,
+            OUTPUTS=outputs, num_warps=warps,
+        )  # fmt: skip
+    if r.erases:
+        kernels.invert[(chunks, r.heads, r.batch)](
+            system, *erase, rows, padded, HEADS=r.heads, L=length, PAIRS=writes == 2, **exact,
+            num_warps=cut.invert_warps,
+        )  # fmt: skip
+    kernels.solve[(chunks * pieces, r.heads, r.batch)](
+        *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values,
+        rows, padded, chunks, r.batch, **wide | {"BS": cut.solve_slice, "BV": cut.solve_columns}, **exact,
+        ERASES=r.erases, HAS_SCALE=scaled, num_warps=cut.solve_warps,
     )  # fmt: skip
     held = sorted({(writes * p + writes - 1) // length for p in positions})
     entered, slots = final, kept
@@ -196,35 +220,39 @@ def _run(
     initial = final if r.initial_state is None else r.initial_state.contiguous()
     kernels.walk[(r.heads * blocks, r.batch)](
         remaining, kept, through, values, initial, final, states, energy, entered, slots,
-        padded, chunks, r.batch, **sizes, **exact, SPLIT=split, BK=cut.keys,
-        BV=cut.walk_columns, STAGES=cut.walk_stages,
-        ERASES=r.erases, HAS_INITIAL=r.initial_state is not None, STORE=reads, MEASURE=measure,
-        KEEP=bool(held), num_warps=cut.walk_warps,
+        padded, chunks, r.batch, HEADS=r.heads, KEY=r.key, VALUE=r.value, L=length, **exact, BK=cut.keys,
+        BV=cut.walked, STAGES=cut.walk_stages, ERASES=r.erases, HAS_INITIAL=r.initial_state is not None,
+        STORE=outputs or measure, MEASURE=measure, KEEP=bool(held), num_warps=cut.walk_warps,
     )  # fmt: skip
     y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
-    sums = empty(6, r.batch, rows, r.heads) if measure else kept
-    erased = empty(2, r.batch, rows, r.heads) if measure and r.delta_rule else None
-    if reads:
-        each = sums if measure else [kept] * 6
-        kernels.read[(chunks, r.heads, r.batch)](
-            r.q, *r.q.stride()[:3], *tensors, a, *a.stride()[:3],
-            values, states, energy, kept if r.skip is None else r.skip, kept if y is None else y,
-            *(each[i] for i in range(3)), sums[3:5] if measure else kept, each[5],
-            kept if erased is None else erased,
-            rows, padded, chunks, r.batch, **sizes, **kind, **exact, BS=cut.slice, BV=cut.read_columns,
-            BLOCKS=blocks, BF16=split, DELTA=erased is not None, OUTPUTS=outputs, MEASURE=measure,
-            HAS_SCALE=scaled, HAS_SKIP=r.skip is not None, num_warps=cut.read_warps,
+    if outputs:
+        kernels.read[(chunks * columns, r.heads, r.batch)](
+            *q, *v, *decay, values, states, seen, kept if r.skip is None else r.skip, y,
+            rows, padded, chunks, **wide, **exact, HAS_SKIP=r.skip is not None, num_warps=cut.read_warps,
         )  # fmt: skip
-    steps = _steps(r, sums, writes) if measure else None
+    steps, erased = None, None
+    if measure:
+        erased = empty(2, r.batch, rows, r.heads) if r.delta_rule else None
+        sums, written, cross, added, both, decayed, total, pace = empty(8, r.batch, rows, r.heads)
+        for whole, part, warps in turns:
+            kernels.measure[(chunks * length // part, r.heads, r.batch)](
+                *k, *v, *weight, *decay, *erase, values, states, fast, gained, sums, written, cross, added,
+                both, kept if erased is None else erased, rows, padded, chunks, r.batch, **wide, **exact,
+                PART=part, WHOLE=whole, DELTA=r.delta_rule, HAS_SCALE=scaled, num_warps=warps,
+            )  # fmt: skip
+        kernels.tally[(chunks, r.heads, r.batch)](
+            *k, *decay, *erase, energy, gained, sums, decayed, total, pace, rows, padded, chunks, r.batch,
+            **shape, BK=cut.keys, BLOCKS=blocks, num_warps=cut.tally_warps,
+        )  # fmt: skip
+        mean = (total + added) / (r.key * r.value)
+        steps = _steps(Measured(decayed, written, cross, mean), both, pace, writes)
     at = [_after(r, writes, entered[held.index((writes * p + writes - 1) // length)], p, length, values)
           for p in positions]  # fmt: skip
     states = torch.stack(at, 1) if at else empty(r.batch, 0, r.heads, r.key, r.value)
     return ScanOutput(y, steps, states, final, erased)
 
 
-def _steps(r: Recurrence, sums: Tensor, writes: int) -> Steps:
-    decayed, written, cross, entering, own, both = sums
-    measured = Measured(decayed, written, cross, (entering + own) / (r.key * r.value))
+def _steps(measured: Measured, both: Tensor, pace: Tensor, writes: int) -> Steps:
     if writes == 2:
         erased, added = measured.every_other()
         measured = Measured(
@@ -233,7 +261,7 @@ def _steps(r: Recurrence, sums: Tensor, writes: int) -> Steps:
             cross=erased.cross + added.cross,
             mean=added.mean,
         )
-    return measured.steps(r.log_decay.float() if r.scalar_decay else r.log_decay.float().mean(-1))
+    return measured.steps(pace[:, ::writes])
 
 
 def _after(

@@ -16,11 +16,8 @@ from .fused_kernels import _bounded
 SIZES = ["ROWS", "PADDED", "CHUNKS", "BATCH"]
 """Arguments for whose values nothing is compiled anew: texts differ in length."""
 
-PART = tl.constexpr(16)
-"""Rows that one product with factors about their middle relates; the fewest that a matrix unit takes."""
-
-RANGE = tl.constexpr(80.0)
-"""Most that the keys of a part may forget for that, base 2: its factors stay between 2^-40 and 2^40."""
+RANGE = tl.constexpr(100.0)
+"""Most that a key may forget for one product of related rows, base 2: its factors stay below 2^100."""
 
 
 @triton.jit
@@ -80,73 +77,51 @@ def _marked(x):
 
 
 @triton.jit
-def _middles(at, run, L: tl.constexpr, BK: tl.constexpr):
-    """Of every part, between what its rows remember first and last; and the widest range of any."""
-    parts: tl.constexpr = L // PART
-    top = tl.max(tl.reshape(at, (parts, PART, BK)), 1)
-    bottom = tl.min(tl.reshape(run, (parts, PART, BK)), 1)
-    return (top + bottom) * 0.5, tl.max(top - bottom)
-
-
-@triton.jit
-def _of_row(x, row, L: tl.constexpr):
+def _of_row(x, row):
     """One row of a tile."""
-    return tl.sum(tl.where((tl.arange(0, L) == row)[:, None], x, 0.0), 0)
+    return tl.sum(tl.where((tl.arange(0, x.shape[0]) == row)[:, None], x, 0.0), 0)
 
 
 @triton.jit
-def _related(
-    x, at, k, run,
-    L: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    r"""What rows read of one another, :math:`\sum_k e^{at_t - run_j} x_t k_j`; right where :math:`j \le t`.
-
-    Part by part, by factors about its middle; one by one where a part forgets more than their range.
-    """
-    parts: tl.constexpr = L // PART
-    rows = tl.arange(0, L)
-    middles, widest = _middles(at, run, L, BK)
-    found = tl.zeros((L, L), tl.float32)
-    if widest <= RANGE:
-        for part in range(parts):
-            middle = _of_row(middles, part, parts)[None, :]
-            late = tl.where((rows // PART == part)[:, None], x * tl.exp2(at - middle), 0.0)
-            early = k * tl.exp2(tl.minimum(middle - run, RANGE))
-            if EXACT:
-                found = _exact(late, tl.trans(early), found, HALF, PRECISION)
-            else:
-                found = _dot(late, tl.trans(early), found, HALF, PRECISION)
+def _running(g, KEYED: tl.constexpr, BACK: tl.constexpr):
+    """Sums of all rows up to each, or from each on."""
+    if KEYED:
+        found = tl.cumsum(g, 0, reverse=BACK)
     else:
-        for j in range(L):
-            past = tl.exp2(tl.minimum(at - _of_row(run, j, L)[None, :], 0.0)) * _of_row(k, j, L)[None, :]
-            found = tl.where((rows == j)[None, :], tl.sum(x * past, 1)[:, None], found)
+        found = tl.cumsum(tl.sum(g, 1), 0, reverse=BACK)[:, None]
     return found
 
 
 @triton.jit
-def _gathered(
-    weights, k, run,
-    L: tl.constexpr, BK: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    r"""Sum over earlier rows of weight times decayed key, :math:`\sum_j e^{run_t - run_j} w_{tj} k_j`."""
-    parts: tl.constexpr = L // PART
-    rows = tl.arange(0, L)
-    middles, widest = _middles(run, run, L, BK)
-    found = tl.zeros((L, BK), tl.float32)
-    if widest <= RANGE:
-        late = tl.zeros((L, BK), tl.float32)
-        for part in range(parts):
-            middle = _of_row(middles, part, parts)[None, :]
-            mine = (rows // PART == part)[:, None]
-            early = k * tl.exp2(tl.minimum(middle - run, RANGE))
-            late = tl.where(mine, tl.exp2(run - middle), late)
-            found = _dot(tl.where(mine, weights, 0.0), early, found, BF16, PRECISION)
-        found *= late
-    else:
-        for j in range(L):
-            weight = tl.sum(tl.where((rows == j)[None, :], weights, 0.0), 1)
-            past = tl.exp2(tl.minimum(run - _of_row(run, j, L)[None, :], 0.0)) * _of_row(k, j, L)[None, :]
-            found += tl.where((rows > j)[:, None], weight[:, None] * past, 0.0)
+def _early(g, rows, begin, KEYED: tl.constexpr):
+    """What survives from each row on to the row ``begin``, where its part begins; one over it within."""
+    past = tl.where((rows < begin)[:, None], g, 0.0)
+    within = tl.where((rows >= begin)[:, None], g, 0.0)
+    found = tl.where(
+        (rows < begin)[:, None], _running(past, KEYED, True) - past, -_running(within, KEYED, False)
+    )
+    return _factor(found)
+
+
+@triton.jit
+def _factor(x):
+    """A power of two that stays finite; not by minimum(), which may drop a NaN."""
+    return tl.exp2(tl.where(x > RANGE, RANGE, x))
+
+
+@triton.jit
+def _too_far(local):
+    """Whether some key forgets more than :data:`RANGE`."""
+    return tl.max((local < -RANGE).to(tl.int32)) > 0
+
+
+@triton.jit
+def _one_by_one(x, at, k, local, begin, rows, PART: tl.constexpr):
+    r"""What rows of a part read of one another, :math:`\sum_k e^{at_t - local_j} x_t k_j`, pair by pair."""
+    found = tl.zeros((x.shape[0], rows.shape[0]), tl.float32)
+    for j in range(PART):
+        past = tl.exp2(tl.minimum(at - _of_row(local, j)[None, :], 0.0)) * _of_row(k, j)[None, :]
+        found = tl.where((rows == begin + j)[None, :], _along(x * past), found)
     return found
 
 
@@ -156,15 +131,21 @@ def _inverse(system, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constex
 
     Diagonal blocks of 16 row by row, all at once; then blocks two by two, :math:`D + D M_{10} D`.
     """
+    blocks: tl.constexpr = L // 16
     rows = tl.arange(0, L)
     down, across = rows[:, None], rows[None, :]
     own = tl.where(down // 16 == across // 16, system, 0.0)
-    found = tl.where(down == across, 1.0, 0.0)
+    own = tl.sum(tl.reshape(own, (blocks, 16, blocks, 16)), 2)
+    place = tl.arange(0, 16)
+    solved = (
+        tl.zeros((blocks, 16, 16), tl.float32) + tl.where(place[:, None] == place[None, :], 1.0, 0.0)[None]
+    )
     for row in range(1, 16):
-        chosen = down % 16 == row
-        weights = tl.sum(tl.where(chosen, own, 0.0), 0)  # of the rows above, in every block
-        solved = tl.sum(weights[:, None] * found, 0)
-        found += tl.where(chosen & (down // 16 == across // 16), solved[None, :], 0.0)
+        chosen = (place == row)[None, :, None]
+        weights = tl.sum(tl.where(chosen, own, 0.0), 1)  # of the rows above, in every block
+        solved += tl.where(chosen, tl.sum(weights[:, :, None] * solved, 1)[:, None, :], 0.0)
+    same = (tl.arange(0, blocks)[:, None] == tl.arange(0, blocks)[None, :])[:, None, :, None]
+    found = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (L, L))
     if L > 16:
         between = tl.where((down // 32 == across // 32) & (down // 16 > across // 16), system, 0.0)
         found = _joined(found, between, L, SPLIT, PRECISION)
@@ -227,10 +208,127 @@ def _finite(x):
 
 
 @triton.jit(do_not_specialize=SIZES)
+def relate(
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
+    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, fast,
+    ROWS, PADDED, CHUNKS,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr, BS: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    KEYED: tl.constexpr, PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    r"""Relate the rows of each chunk: what they erase, and what their queries read, of earlier writes.
+
+    ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
+    :math:`j \le t`, where x is what erases (:func:`solve`), or the query. The decay between two rows is split
+    where the later one's part begins, with WHOLE the chunk. Where a key forgets too much for that, ``fast``
+    (batch, head, chunk) is 1, and the chunk is for a second launch. Grid: (chunks * parts, heads, batch).
+    """
+    parts: tl.constexpr = L // PART
+    chunk = (tl.program_id(0) // parts).to(tl.int64)
+    begin = tl.program_id(0) % parts * PART
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    fast += (batch * HEADS + head) * CHUNKS + chunk
+    if not WHOLE:
+        if tl.load(fast) == 0:
+            return
+    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    rows = tl.arange(0, L)
+    own = begin + tl.arange(0, PART)
+    tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
+    own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
+    a += batch * a_b + first * a_t + head * a_h
+    b += batch * b_b + first * b_t + head * b_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    erased = tl.zeros((PART, L), tl.float32)
+    read = tl.zeros((PART, L), tl.float32)
+    too_far = 0
+    for start in range(0, KEY, BS):
+        keys = start + tl.arange(0, BS)
+        paces = start + tl.arange(0, BS if KEYED else 1)
+        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY)
+        early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+        kt = early
+        if WHOLE:
+            local = _running(g, KEYED, False)
+            early *= _factor(-local)
+            far = _too_far(local)
+            too_far = tl.maximum(too_far, far.to(tl.int32))
+        else:
+            early *= _early(g, rows, begin, KEYED)
+            g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, paces, KEY)
+            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+            local = _running(g, KEYED, False)
+            far = _too_far(local)
+            if far:
+                early = tl.where((rows < begin)[:, None], early, 0.0)
+        if ERASES:
+            xt, at = kt, local
+            if PAIRS:
+                asked = own_decays[:, None] & (keys < KEY)[None, :]
+                xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
+                xt, at = xt.to(tl.float32), local - g
+            erased = _exact(xt * tl.exp2(at), tl.trans(early), erased, SPLIT, PRECISION)
+            if not WHOLE:
+                if far:
+                    erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
+        if OUTPUTS:
+            asked = own_ends[:, None] & (keys < KEY)[None, :]
+            qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
+            qt = qt.to(tl.float32)
+            read = _dot(qt * tl.exp2(local), tl.trans(early), read, SPLIT, PRECISION)
+            if not WHOLE:
+                if far:
+                    read += _one_by_one(qt, local, kt, local, begin, rows, PART)
+    if WHOLE:
+        tl.store(fast, too_far)
+    related = own[:, None] >= rows[None, :]
+    at = (((batch * HEADS + head) * PADDED + chunk * L) + own)[:, None] * L + rows[None, :]
+    if ERASES:
+        tl.store(system + at, tl.where(related, erased, 0.0))
+    if OUTPUTS:
+        tl.store(seen + at, tl.where(related, read, 0.0).to(seen.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def invert(
+    system, a, a_b, a_t, a_h,
+    ROWS, PADDED,
+    HEADS: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    r"""Invert :math:`I - M` of each chunk, in place of :math:`M`, which is ``system`` times ``a``.
+
+    From the first row on that a NaN or an infinity reaches, the inverse is NaN; nothing above feels it.
+    Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, L)
+    system += ((batch * HEADS + head) * PADDED + chunk * L) * L
+    at = rows[:, None] * L + rows[None, :]
+    found, fine = _finite(tl.load(system + at))
+    if not PAIRS:
+        rate = tl.load(
+            a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=chunk * L + rows < ROWS, other=0.0
+        ).to(tl.float32)
+        found *= rate[:, None]
+        fine = tl.where(tl.abs(rate) < float("inf"), fine, 0)
+    mark = _since_bad(fine == 0)[:, None]
+    found = tl.where((rows[:, None] > rows[None, :]) & (mark == mark), found, 0.0)
+    tl.store(system + at, _inverse(found, L, SPLIT, PRECISION) + mark)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def solve(
     k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
     b, b_b, b_t, b_h, a, a_b, a_t, a_h,
-    remaining, kept, through, values,
+    system, remaining, kept, through, values,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
@@ -245,102 +343,61 @@ def solve(
     ``values`` is :math:`T W V`, ``through`` :math:`T X`, ``remaining`` :math:`K_{rem}`, the keys decayed to
     the chunk's end, and ``kept`` :math:`e^{G_L}`. Under the delta rule :math:`X` is the key, decayed up to
     the row's own token, times ``a``; otherwise ``b``, decayed up to the token before.
-    Grid: (chunks, heads, batch).
+    Grid: (chunks * (slices of keys + blocks of values), heads, batch).
     """
-    chunk = tl.program_id(0).to(tl.int64)
+    slices: tl.constexpr = (KEY + BS - 1) // BS
+    pieces: tl.constexpr = slices + (VALUE + BV - 1) // BV
+    chunk = (tl.program_id(0) // pieces).to(tl.int64)
+    piece = tl.program_id(0) % pieces
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     rows = tl.arange(0, L)
     tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
     first = chunk * (L // 2) if PAIRS else chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    a += batch * a_b + first * a_t + head * a_h
-    b += batch * b_b + first * b_t + head * b_h
-    log_decay += batch * g_b + first * g_t + head * g_h
     row = (batch * HEADS + head) * PADDED + chunk * L
-    of_rows = (row + rows)[:, None] * KEY
-    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
-    kept += ((batch * HEADS + head) * CHUNKS + chunk) * KEY
-    good = tl.full((L,), 1, tl.int32)
-    if not KEYED:
-        g = _bounded(tl.load(log_decay + tokens * g_t, mask=decays, other=0.0))[:, None]
-        spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
-        g, fine = _finite(g)
-        good = tl.minimum(good, fine)
-        run = tl.cumsum(tl.sum(g, 1), 0)[:, None]
-        before = run - g if PAIRS else run
-    system = tl.zeros((L, L), tl.float32)
-    for start in range(0, KEY, BS):
-        keys = start + tl.arange(0, BS)
-        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-        if KEYED:
-            g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-            spoilt = tl.sum(g * 0.0, 0)[None, :]
-            g, fine = _finite(g)
-            good = tl.minimum(good, fine)
-            run = tl.cumsum(g, 0)
-            before = run - g if PAIRS else run
-        last = _of_row(run, L - 1, L)[None, :]
-        inside = (keys < KEY)[None, :] & (rows < L)[:, None]
-        _put(kt * tl.exp2(last - run) + spoilt, remaining + of_rows + keys[None, :], plane, inside, SPLIT)
-        tl.store(
-            kept + keys, tl.sum(tl.exp2(last) + spoilt + tl.zeros((1, BS), tl.float32), 0), mask=keys < KEY
-        )
-        if ERASES:
-            kt, fine = _finite(kt)
-            good = tl.minimum(good, fine)
-            xt = kt
-            if PAIRS:
-                asked = decays[:, None] & (keys < KEY)[None, :]
-                xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0).to(tl.float32)
-                xt, fine = _finite(xt)
-                good = tl.minimum(good, fine)
-            if KEYED:
-                system += _related(xt, before, kt, run, L, BS, True, SPLIT, PRECISION)
-            else:
-                system = _exact(xt, tl.trans(kt), system, SPLIT, PRECISION)
     if ERASES:
-        rate = tl.full((L,), 1.0, tl.float32)
-        if not PAIRS:
-            rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
-        if not KEYED:
-            system *= tl.exp2(tl.minimum(before - tl.trans(run), 0.0))
-        system = tl.where(rows[:, None] > rows[None, :], system * rate[:, None], 0.0)
-        system, fine = _finite(system)
-        mark = _since_bad((tl.minimum(good, fine) == 0) | ~(tl.abs(rate) < float("inf")))
-        system = tl.where((mark != mark)[:, None], 0.0, system)
-        rate = tl.where(mark != mark, 0.0, rate)
-        inverse = _inverse(system, L, SPLIT, PRECISION)
-        for start in range(0, KEY, BS):
-            keys = start + tl.arange(0, BS)
+        inverse = tl.load(system + (row + rows)[:, None] * L + rows[None, :])
+    if piece < slices:
+        k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+        a += batch * a_b + first * a_t + head * a_h
+        log_decay += batch * g_b + first * g_t + head * g_h
+        kept += ((batch * HEADS + head) * CHUNKS + chunk) * KEY
+        keys = piece * BS + tl.arange(0, BS)
+        paces = piece * BS + tl.arange(0, BS if KEYED else 1)
+        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY)
+        spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
+        g = _finite(g)[0]
+        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+        inside = (keys < KEY)[None, :] & (rows < L)[:, None]
+        of_rows = (row + rows)[:, None] * KEY + keys[None, :]
+        plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
+        _put(kt * tl.exp2(_running(g, KEYED, True) - g) + spoilt, remaining + of_rows, plane, inside, SPLIT)
+        of_chunk = tl.exp2(tl.sum(g, 0)[None, :]) + spoilt + tl.zeros((1, BS), tl.float32)
+        tl.store(kept + keys, tl.sum(of_chunk, 0), mask=keys < KEY)
+        if ERASES:
+            before = _running(g, KEYED, False)
             if PAIRS:
+                b += batch * b_b + first * b_t + head * b_h
                 asked = decays[:, None] & (keys < KEY)[None, :]
                 xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0).to(tl.float32)
+                before -= g
             else:
-                xt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-            xt = _finite(xt)[0]
-            if KEYED:
-                g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-                g = _finite(g)[0]
-                before = tl.cumsum(g, 0) - g if PAIRS else tl.cumsum(g, 0)
-            xt *= tl.exp2(before) * rate[:, None]
+                xt = kt * tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)[:, None]
+            xt = _finite(xt)[0] * tl.exp2(before)
             found = _exact(inverse, xt, tl.zeros((L, BS), tl.float32), SPLIT, PRECISION)
-            inside = (keys < KEY)[None, :] & (rows < L)[:, None]
-            _put(found, through + of_rows + keys[None, :], plane, inside, SPLIT)
-    v += batch * v_b + first * v_t + head * v_h
-    weight = tl.full((L,), 1.0, tl.float32)
-    if HAS_SCALE:
-        scale += batch * w_b + first * w_t + head * w_h
-        weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
-    for block in range((VALUE + BV - 1) // BV):
-        columns = block * BV + tl.arange(0, BV)
+            _put(found, through + of_rows, plane, inside, SPLIT)
+    else:
+        v += batch * v_b + first * v_t + head * v_h
+        columns = (piece - slices) * BV + tl.arange(0, BV)
         shown = ends[:, None] & (columns < VALUE)[None, :]
         u = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
-        u *= weight[:, None]
+        if HAS_SCALE:
+            scale += batch * w_b + first * w_t + head * w_h
+            u *= tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)[:, None]
         if ERASES:
             u, bad_from = _marked(u)
             u = _exact(inverse, u, tl.zeros((L, BV), tl.float32), SPLIT, PRECISION)
-            u += bad_from + mark[:, None]
+            u += bad_from
         own_values = (columns < VALUE)[None, :] & (rows < L)[:, None]
         tl.store(values + (row + rows[:, None]) * VALUE + columns[None, :], u, mask=own_values)
 
@@ -358,9 +415,9 @@ def walk(
     """Walk all chunks with some columns of the state in registers.
 
     ``values`` is given what each chunk writes. ``states`` (batch, head, chunk, key, value) is the state that
-    enters each, and ``energy`` (batch, head, chunk, block, key) the energy of each of its rows in these
-    columns. With KEEP ``entered`` (kept, batch, head, key, value) is the state that enters each chunk whose
-    entry of ``slots`` is not -1. Grid: (head * blocks of columns, batch).
+    enters each, and ``energy`` (2, batch, head, chunk, block, key) the energy of each of its rows in these
+    columns, and the sum of its entries. With KEEP ``entered`` (kept, batch, head, key, value) is the state
+    that enters each chunk whose entry of ``slots`` is not -1. Grid: (head * blocks of columns, batch).
     """
     blocks: tl.constexpr = (VALUE + BV - 1) // BV
     head = tl.program_id(0) // blocks
@@ -387,6 +444,7 @@ def walk(
     kept += own * CHUNKS * KEY
     states += own * CHUNKS * (KEY * VALUE)
     energy += (own * CHUNKS * blocks + block) * KEY
+    entries = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (blocks * KEY)
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
         if KEEP:
             slot = tl.load(slots + chunk)
@@ -397,6 +455,7 @@ def walk(
             tl.store(states + of_state, state.to(states.dtype.element_ty), mask=inside)
         if MEASURE:
             tl.store(energy + keys, tl.sum(state * state, 1), mask=keys < KEY)
+            tl.store(energy + entries + keys, tl.sum(state, 1), mask=keys < KEY)
         u = tl.load(values + of_values, mask=shown, other=0.0)
         keep = tl.load(kept + keys, mask=keys < KEY, other=0.0)[:, None]
         if SPLIT:
@@ -428,252 +487,243 @@ def walk(
     tl.store(final + own * (KEY * VALUE) + of_state, state, mask=inside)
 
 
-@triton.jit
-def _compose(decay, energy, entries, later_decay, later_energy, later_entries):
-    """Two stretches of a linear recurrence as one: energies decay twice over."""
-    return (
-        decay * later_decay,
-        energy * later_decay * later_decay + later_energy,
-        entries * later_decay + later_entries,
-    )
+@triton.jit(do_not_specialize=SIZES)
+def read(
+    q, q_b, q_t, q_g, v, v_b, v_t, v_h, log_decay, g_b, g_t, g_h, g_k, values, states, seen, skip, y,
+    ROWS, PADDED, CHUNKS,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    KEYED: tl.constexpr, PAIRS: tl.constexpr, HAS_SKIP: tl.constexpr,
+):  # fmt: skip
+    """Read each chunk with its queries, all at once. Grid: (chunks * blocks of values, heads, batch)."""
+    blocks: tl.constexpr = (VALUE + BV - 1) // BV
+    chunk = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, L)
+    tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    own = batch * HEADS + head
+    q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
+    log_decay += batch * g_b + first * g_t + head * g_h
+    states += (own * CHUNKS + chunk) * (KEY * VALUE)
+    out = tl.zeros((L, BV), tl.float32)
+    for start in range(0, KEY, BS):
+        keys = start + tl.arange(0, BS)
+        paces = start + tl.arange(0, BS if KEYED else 1)
+        asked = ends[:, None] & (keys < KEY)[None, :]
+        qt = tl.load(q + tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0).to(tl.float32)
+        qt *= tl.exp2(
+            _running(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY), KEYED, False)
+        )
+        inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+        state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+        out = _dot(qt, state, out, SPLIT, PRECISION)
+    row = own * PADDED + chunk * L
+    shown = (columns < VALUE)[None, :] & (rows < L)[:, None]
+    u = tl.load(values + (row + rows)[:, None] * VALUE + columns[None, :], mask=shown, other=0.0)
+    u, spoilt = _marked(u)
+    related = tl.load(seen + (row + rows)[:, None] * L + rows[None, :])
+    out = _dot(related, u, out, SPLIT, PRECISION) + spoilt
+    there = ends[:, None] & (columns < VALUE)[None, :]
+    if HAS_SKIP:
+        v += batch * v_b + first * v_t + head * v_h
+        vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+        out += tl.load(skip + head).to(tl.float32) * vt.to(tl.float32)
+    time = ROWS // 2 if PAIRS else ROWS
+    at = ((batch * time + first + tokens[:, None]) * HEADS + head) * VALUE + columns[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def read(
-    q, q_b, q_t, q_g, k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
-    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
-    values, states, energy, skip, y, decayed, written, cross, total, both, erased,
+def measure(
+    k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
+    a, a_b, a_t, a_h, values, states, fast, gained, sums, written, cross, added, both, erased,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
-    BF16: tl.constexpr, PRECISION: tl.constexpr,
-    KEYED: tl.constexpr, PAIRS: tl.constexpr, DELTA: tl.constexpr,
-    OUTPUTS: tl.constexpr, MEASURE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SKIP: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    KEYED: tl.constexpr, PAIRS: tl.constexpr, DELTA: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    r"""Read each chunk with its queries, and measure it, all chunks at once.
+    r"""Bring what is written and what is stored together, all chunks at once.
 
-    ``decayed``, ``written`` and ``cross`` are (batch, row, head), :math:`|D_t|^2`, :math:`|U_t|^2` and
-    :math:`\langle D_t, U_t \rangle`; ``total`` (2, batch, row, head) adds up to the sum of the entries of
-    :math:`S_t`. With PAIRS the second row of each leaves the first out of its ``cross``, and ``both`` (batch,
-    row, head) is the product of the two writes. Under the delta rule ``erased`` (2, batch, row, head) is what
-    :class:`statescope.kernels.interface.ScanOutput` calls so. Grid: (chunks, heads, batch).
+    ``written``, ``cross`` and ``added`` are (batch, row, head): :math:`|U_t|^2`,
+    :math:`\langle D_t, U_t \rangle` and the sum of the entries of :math:`U_t`; ``gained`` (batch, head, row,
+    key) is what the write adds to the energy of each row of the state, and ``sums`` (batch, row, head) the
+    sum of the value that is written. With PAIRS the second row of each leaves the first out of its
+    ``cross``, and ``both`` (batch, row, head) is the product of the two writes. Under the delta rule
+    ``erased`` (2, batch, row, head) is what :class:`statescope.kernels.interface.ScanOutput` calls so.
+    With WHOLE it is for chunks that are not ``fast`` (:func:`relate`). Grid: (chunks * parts, heads, batch).
+    """
+    parts: tl.constexpr = L // PART
+    chunk = (tl.program_id(0) // parts).to(tl.int64)
+    begin = tl.program_id(0) % parts * PART
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    if (tl.load(fast + (batch * HEADS + head) * CHUNKS + chunk) == 0) != WHOLE:
+        return
+    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    rows = tl.arange(0, L)
+    own = begin + tl.arange(0, PART)
+    tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
+    own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + first * a_t + head * a_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    row = (batch * HEADS + head) * PADDED + chunk * L
+    values += row * VALUE
+    states += ((batch * HEADS + head) * CHUNKS + chunk) * (KEY * VALUE)
+    gram = tl.zeros((PART, L), tl.float32)
+    squares = tl.zeros((PART, 1), tl.float32)
+    total = tl.zeros((PART, 1), tl.float32)
+    removed = tl.zeros((PART, 1), tl.float32)
+    beside = tl.zeros((PART, 1), tl.float32)
+    if DELTA:
+        v += batch * v_b + first * v_t + head * v_h
+        weight = tl.full((PART,), 1.0, tl.float32)
+        if HAS_SCALE:
+            scale += batch * w_b + first * w_t + head * w_h
+            weight = tl.load(scale + own_tokens * w_t, mask=own_ends, other=0.0).to(tl.float32)
+    for start in range(0, VALUE, BV):
+        columns = start + tl.arange(0, BV)
+        inside = (columns < VALUE)[None, :]
+        at = rows[:, None] * VALUE + columns[None, :]
+        earlier = tl.load(values + at, mask=inside & (rows < begin + PART)[:, None], other=0.0)
+        at = own[:, None] * VALUE + columns[None, :]
+        u = earlier
+        if not WHOLE:
+            u = tl.load(values + at, mask=inside & (own < L)[:, None], other=0.0)
+        gram = _dot(u, tl.trans(earlier), gram, SPLIT, PRECISION)
+        squares += _along(u * u)
+        total += _along(u)
+        if PAIRS:
+            beside += _along(u * tl.load(values + at - VALUE, mask=inside & own_ends[:, None], other=0.0))
+        if DELTA:
+            there = own_ends[:, None] & inside
+            vt = tl.load(v + own_tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+            vt = vt.to(tl.float32) * weight[:, None]
+            if SPLIT:  # as it was multiplied, so that nothing is removed where nothing is there
+                high, low = _halves(vt)
+                vt = high.to(tl.float32) + low.to(tl.float32)
+            removed += _along((u - vt) * (u - vt))
+    apart = own[:, None] > rows[None, :]
+    if PAIRS:
+        apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
+    gram = tl.where(apart, gram, 0.0)
+    key_squares = tl.zeros((PART, 1), tl.float32)
+    key_sums = tl.zeros((PART, 1), tl.float32)
+    pair_products = tl.zeros((PART, 1), tl.float32)
+    crossed = tl.zeros((PART, 1), tl.float32)
+    for start in range(0, KEY, BS):
+        keys = start + tl.arange(0, BS)
+        paces = start + tl.arange(0, BS if KEYED else 1)
+        g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY))[0]
+        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+        early = _finite(kt)[0]
+        stored = tl.zeros((PART, BS), tl.float32)
+        for block in range(0, VALUE, BV):
+            columns = block + tl.arange(0, BV)
+            at = own[:, None] * VALUE + columns[None, :]
+            u = tl.load(values + at, mask=(columns < VALUE)[None, :] & (own < L)[:, None], other=0.0)
+            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+            stored = _dot(u, tl.trans(state), stored, SPLIT, PRECISION)
+        if WHOLE:
+            local = _running(g, KEYED, False)
+            stored = _dot(gram, early * _factor(-local), stored, SPLIT, PRECISION) * tl.exp2(local)
+        else:
+            early *= _early(g, rows, begin, KEYED)
+            stored *= tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
+            g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, paces, KEY))[0]
+            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+            local = _running(g, KEYED, False)
+            far = _too_far(local)
+            if far:
+                early = tl.where((rows < begin)[:, None], early, 0.0)
+            stored = _dot(gram, early, stored, SPLIT, PRECISION) * tl.exp2(local)
+            if far:
+                fine = _finite(kt)[0]
+                for j in range(PART):
+                    weights = _along(tl.where((rows == begin + j)[None, :], gram, 0.0))
+                    past = tl.exp2(tl.minimum(local - _of_row(local, j)[None, :], 0.0))
+                    past = tl.where((own > begin + j)[:, None], past, 0.0)
+                    stored += weights * past * _of_row(fine, j)[None, :]
+        stored *= kt
+        crossed += _along(stored)
+        key_squares += _along(kt * kt)
+        key_sums += _along(kt)
+        energy = 2 * stored + kt * kt * squares
+        if PAIRS:
+            own_pair = own_ends[:, None] & (keys < KEY)[None, :]
+            pair = tl.load(a + own_tokens[:, None] * a_t + keys[None, :], mask=own_pair, other=0.0)
+            pair = kt * pair.to(tl.float32)
+            pair_products += _along(pair)
+            energy += 2 * pair * beside
+        at = (row + own)[:, None] * KEY + keys[None, :]
+        tl.store(gained + at, energy, mask=(keys < KEY)[None, :] & (own < L)[:, None])
+    here = (own < left)[:, None]
+    at = (batch * ROWS + chunk * L + own)[:, None] * HEADS + head
+    whole = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
+    tl.store(sums + at, total, mask=here)
+    tl.store(written + at, key_squares * squares, mask=here)
+    tl.store(cross + at, crossed, mask=here)
+    tl.store(added + at, key_sums * total, mask=here)
+    if PAIRS:
+        tl.store(both + at, beside * pair_products, mask=here)
+    if DELTA:
+        rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
+        tl.store(erased + at, tl.sqrt(key_squares * removed), mask=here)
+        tl.store(erased + whole + at, -rate * key_squares, mask=here)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def tally(
+    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
+    energy, gained, sums, decayed, total, pace,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
+    L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Follow energy and sum of every row of the state through each chunk, row of the text by row.
+
+    ``decayed`` and ``total`` (batch, row, head) are what the whole state has of both once it has decayed,
+    before the write; ``pace`` is the mean log decay. Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
-    rows = tl.arange(0, L)
-    tokens, decays, ends = _tokens(rows, left, PAIRS)
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    time = ROWS // 2 if PAIRS else ROWS
+    keys = tl.arange(0, BK)
     own = batch * HEADS + head
+    first = chunk * (L // 2) if PAIRS else chunk * L
     k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
     a += batch * a_b + first * a_t + head * a_h
     log_decay += batch * g_b + first * g_t + head * g_h
-    earlier = rows[:, None] > rows[None, :]
-    apart = earlier
-    if PAIRS:
-        apart = earlier & ~(ends[:, None] & (rows[:, None] == rows[None, :] + 1))
-    good = tl.full((L,), 1, tl.int32)
-    if not KEYED:
-        g, good = _finite(_bounded(tl.load(log_decay + tokens * g_t, mask=decays, other=0.0))[:, None])
-        run = tl.cumsum(tl.sum(g, 1), 0)
-        since = tl.exp2(run)
-        past = tl.exp2(tl.minimum(run[:, None] - run[None, :], 0.0))
-        gram = tl.zeros((L, L), tl.float32)
-    seen = tl.zeros((L, L), tl.float32)
-    key_squares = tl.zeros((L, 1), tl.float32)
-    key_sums = tl.zeros((L, 1), tl.float32)
-    pair_products = tl.zeros((L, 1), tl.float32)
-    for start in range(0, KEY, BS):
-        keys = start + tl.arange(0, BS)
-        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-        kt, fine = _finite(kt)
-        good = tl.minimum(good, fine)
-        key_squares += _along(kt * kt)
-        key_sums += _along(kt)
-        own_query = ends[:, None] & (keys < KEY)[None, :]
-        if MEASURE and PAIRS:
-            pair = tl.load(a + tokens[:, None] * a_t + keys[None, :], mask=own_query, other=0.0)
-            pair_products += _along(kt * pair.to(tl.float32))
-        if KEYED:
-            g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-            g, fine = _finite(g)
-            good = tl.minimum(good, fine)
-        if OUTPUTS:
-            qt = tl.load(q + tokens[:, None] * q_t + keys[None, :], mask=own_query, other=0.0)
-            qt = qt.to(tl.float32)
-            if KEYED:
-                run = tl.cumsum(g, 0)
-                seen += _related(qt, run, kt, run, L, BS, False, BF16, PRECISION)
-            else:
-                seen = _dot(qt, tl.trans(kt), seen, BF16, PRECISION)
-        if MEASURE and not KEYED:
-            gram = _dot(kt, tl.trans(kt), gram, BF16, PRECISION)
-    mark = _since_bad(good == 0)[:, None]
-    if not KEYED:
-        seen *= past
-        gram = tl.where(apart, gram * past, 0.0)
-    seen = tl.where(rows[:, None] >= rows[None, :], seen, 0.0)
-    squares = tl.zeros((L, 1), tl.float32)
-    sums = tl.zeros((L, 1), tl.float32)
-    removed = tl.zeros((L, 1), tl.float32)
-    beside = tl.zeros((L, 1), tl.float32)
-    crossed = tl.zeros((L, 1), tl.float32)
-    entries = tl.zeros((BS, 1), tl.float32)
-    if KEYED:
-        gram = tl.zeros((L, L), tl.float32)
-    if DELTA and KEYED and HAS_SCALE:
-        scale += batch * w_b + first * w_t + head * w_h
-        weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
-    v += batch * v_b + first * v_t + head * v_h
-    y += ((batch * time + first) * HEADS + head) * VALUE
-    values += (own * PADDED + chunk * L) * VALUE
-    states += (own * CHUNKS + chunk) * (KEY * VALUE)
-    for block in range((VALUE + BV - 1) // BV):
-        columns = block * BV + tl.arange(0, BV)
-        shown = (columns < VALUE)[None, :] & (rows < L)[:, None]
-        there = (columns < VALUE)[None, :] & ends[:, None]
-        written_here = tl.load(values + rows[:, None] * VALUE + columns[None, :], mask=shown, other=0.0)
-        u, spoilt = _marked(written_here)
-        if OUTPUTS:
-            out = tl.zeros((L, BV), tl.float32)
-        if MEASURE and not KEYED:
-            found = tl.zeros((L, BV), tl.float32)
-        if OUTPUTS or not KEYED:
-            for start in range(0, KEY, BS):
-                keys = start + tl.arange(0, BS)
-                inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-                state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-                if not BF16:
-                    state = state.to(tl.float32)
-                if OUTPUTS:
-                    own_query = ends[:, None] & (keys < KEY)[None, :]
-                    qt = tl.load(q + tokens[:, None] * q_t + keys[None, :], mask=own_query, other=0.0)
-                    qt = qt.to(tl.float32)
-                    if KEYED:
-                        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-                        qt *= tl.exp2(tl.cumsum(_finite(g)[0], 0))
-                    out = _dot(qt, state, out, BF16, PRECISION)
-                if MEASURE and not KEYED:
-                    kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-                    found = _dot(_finite(kt)[0], state, found, BF16, PRECISION)
-                    entries += _along(state.to(tl.float32))
-        if OUTPUTS:
-            if not KEYED:
-                out *= since[:, None]
-            out = _dot(seen, u, out, BF16, PRECISION) + (spoilt + mark)
-            if HAS_SKIP:
-                vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
-                out += tl.load(skip + head).to(tl.float32) * vt.to(tl.float32)
-            at = y + tokens[:, None] * (HEADS * VALUE) + columns[None, :]
-            tl.store(at, out.to(y.dtype.element_ty), mask=there)
-        if MEASURE:
-            mark += _along(spoilt)
-            squares += _along(u * u)
-            sums += _along(u)
-            if KEYED:
-                gram = _dot(u, tl.trans(u), gram, BF16, PRECISION)
-            else:
-                found = _dot(gram, u, found * since[:, None], BF16, PRECISION)
-                crossed += _along(u * found)
-            if DELTA and KEYED:
-                vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
-                vt = vt.to(tl.float32)
-                if HAS_SCALE:
-                    vt *= weight[:, None]
-                removed += _along((written_here - vt) * (written_here - vt))
-            if DELTA and not KEYED:
-                removed += _along(found * found)  # exactly nothing where there is nothing to erase
-            if PAIRS:
-                before = values + (rows[:, None] - 1) * VALUE + columns[None, :]
-                beside += _along(u * tl.load(before, mask=there, other=0.0))
-    if MEASURE:
-        at = (batch * ROWS + chunk * L) * HEADS + head
-        whole = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
-        of_rows = rows * HEADS
-        here = rows < left
-        twice = beside * pair_products
-        energy += (own * CHUNKS + chunk) * (BLOCKS * KEY)
-        if KEYED:
-            gram = tl.where(apart, gram, 0.0)
-            # Shifted by one row, so that what a row finds is summed without what it adds.
-            later, falls, _asked = _tokens(rows + 1, left, PAIRS)
-            next_here = (rows + 1 < left) & (rows + 1 < L)
-            falls = falls & next_here
-            found = tl.zeros((L, 1), tl.float32)
-            entering = tl.zeros((L, 1), tl.float32)
-            first_energy = tl.zeros((BS,), tl.float32)
-            first_entries = tl.zeros((BS,), tl.float32)
-            for start in range(0, KEY, BS):
-                keys = start + tl.arange(0, BS)
-                own_energy = tl.zeros((BS,), tl.float32)
-                for block in range(BLOCKS):
-                    own_energy += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
-                own_entries = tl.zeros((BS, 1), tl.float32)
-                stored = tl.zeros((L, BS), tl.float32)
-                for block in range((VALUE + BV - 1) // BV):
-                    columns = block * BV + tl.arange(0, BV)
-                    shown = (columns < VALUE)[None, :] & (rows < L)[:, None]
-                    u = tl.load(values + rows[:, None] * VALUE + columns[None, :], mask=shown, other=0.0)
-                    inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-                    state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-                    if not BF16:
-                        state = state.to(tl.float32)
-                    stored = _dot(_finite(u)[0], tl.trans(state), stored, BF16, PRECISION)
-                    own_entries += _along(state.to(tl.float32))
-                kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-                kt = _finite(kt)[0]
-                g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))[0]
-                run = tl.cumsum(g, 0)
-                since = tl.exp2(run)
-                stored = stored * since + _gathered(gram, kt, run, L, BS, BF16, PRECISION)
-                stored *= kt
-                crossed += _along(stored)
-                gained = 2 * stored + kt * kt * squares
-                if PAIRS:
-                    own_pair = ends[:, None] & (keys < KEY)[None, :]
-                    pair = tl.load(a + tokens[:, None] * a_t + keys[None, :], mask=own_pair, other=0.0)
-                    gained += 2 * kt * pair.to(tl.float32) * beside
-                fall = tl.exp2(_decays_of_keys(log_decay, g_t, g_k, later, falls, keys, KEY))
-                fall = tl.where(next_here[:, None], fall, 0.0)
-                _fallen, decayed_there, added = tl.associative_scan(
-                    (fall, fall * fall * gained, fall * kt * sums), 0, _compose
-                )
-                since *= fall
-                found += _along(decayed_there + since * since * own_energy[None, :])
-                own_entries = tl.sum(own_entries, 1)
-                entering += _along(added + since * own_entries[None, :])
-                begin = tl.load(log_decay + keys * g_k, mask=keys < KEY, other=0.0)
-                begin = tl.exp2(_bounded(begin))
-                first_energy += begin * begin * own_energy
-                first_entries += begin * own_entries
-            tl.store(decayed + at + HEADS + of_rows, tl.sum(found + mark, 1), mask=next_here)
-            tl.store(decayed + at, tl.sum(first_energy))
-            tl.store(total + at + HEADS + of_rows, tl.sum(entering, 1), mask=next_here)
-            tl.store(total + at, tl.sum(first_entries))
-        else:
-            own_energy = tl.zeros((BS,), tl.float32)
-            for start in range(0, BLOCKS * KEY, BS):
-                keys = start + tl.arange(0, BS)
-                own_energy += tl.load(energy + keys, mask=keys < BLOCKS * KEY, other=0.0)
-            gained = 2 * crossed + key_squares * squares + 2 * twice
-            found = since * since * tl.sum(own_energy)
-            found += tl.sum(tl.where(earlier, past * past * tl.trans(gained), 0.0), 1) + tl.sum(mark, 1)
-            entering = since * tl.sum(entries)
-            entering += tl.sum(tl.where(earlier, past * tl.trans(key_sums * sums), 0.0), 1)
-            tl.store(decayed + at + of_rows, found, mask=here)
-            tl.store(total + at + of_rows, entering, mask=here)
-        tl.store(total + whole + at + of_rows, tl.sum(key_sums * sums + mark, 1), mask=here)
-        tl.store(written + at + of_rows, tl.sum(key_squares * squares + mark, 1), mask=here)
-        tl.store(cross + at + of_rows, tl.sum(crossed + mark, 1), mask=here)
+    gained += (own * PADDED + chunk * L) * KEY
+    at = (batch * ROWS + chunk * L) * HEADS + head
+    energy += (own * CHUNKS + chunk) * (BLOCKS * KEY)
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (BLOCKS * KEY)
+    squares = tl.zeros((BK,), tl.float32)
+    entries = tl.zeros((BK,), tl.float32)
+    for block in range(BLOCKS):
+        squares += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
+        entries += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
+    for row in range(tl.minimum(ROWS - chunk * L, L).to(tl.int32)):
+        token = row // 2 if PAIRS else row
+        decays = row % 2 == 0 if PAIRS else row >= 0
+        inside = (keys < KEY) & decays
+        g = tl.load(log_decay + token * g_t + keys * g_k, mask=inside, other=0.0).to(tl.float32)
+        tl.store(pace + at + row * HEADS, tl.sum(g) / KEY)
+        fall = tl.exp2(_bounded(g))
+        squares *= fall * fall
+        entries *= fall
+        tl.store(decayed + at + row * HEADS, tl.sum(squares))
+        tl.store(total + at + row * HEADS, tl.sum(entries))
+        squares += tl.load(gained + row * KEY + keys, mask=keys < KEY, other=0.0)
         if PAIRS:
-            tl.store(both + at + of_rows, tl.sum(twice, 1), mask=here)
-        if DELTA:
-            rate = tl.load(a + rows * a_t, mask=here, other=0.0).to(tl.float32)
-            norm = tl.sum(tl.sqrt(key_squares * removed) + mark, 1)
-            if not KEYED:
-                norm *= tl.abs(rate)
-            tl.store(erased + at + of_rows, norm, mask=here)
-            tl.store(erased + whole + at + of_rows, -rate * tl.sum(key_squares, 1), mask=here)
+            kt = tl.load(k + token * k_t + keys, mask=(keys < KEY) & (row % 2 == 1), other=0.0).to(tl.float32)
+            kt += tl.load(a + token * a_t + keys, mask=inside, other=0.0).to(tl.float32)
+        else:
+            kt = tl.load(k + token * k_t + keys, mask=keys < KEY, other=0.0).to(tl.float32)
+        entries += kt * tl.load(sums + at + row * HEADS)

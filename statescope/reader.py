@@ -24,6 +24,7 @@ from statescope.scan import (
     thin_erased,
     token_loss,
     transition,
+    written_out,
 )
 from statescope.watch import Watch
 
@@ -181,7 +182,7 @@ class _Segment:
     def _edited(self, layer: int, call: Call) -> Recurrence:
         if self.reader.edit is None:
             return call.recurrence
-        edited = self.reader.edit(layer, call.recurrence)
+        edited = self.reader.edit(layer, written_out(call.recurrence))
         if not isinstance(edited, Recurrence):
             raise TypeError(f"edit returned {type(edited).__name__} at layer {layer}; expected a Recurrence")
         shapes = [(*r.v.shape, r.key) for r in (edited, call.recurrence)]

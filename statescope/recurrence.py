@@ -31,7 +31,7 @@ class Recurrence:
         Value (``x`` in Mamba-2).
     log_decay : Tensor, (batch, time, heads), (..., heads, key) or (..., heads, key, value)
         :math:`g_t` in nat, one number per head (``dt * A`` in Mamba-2), one per key or one per entry of
-        the state (``dt * A`` in Mamba-1).
+        the state (``dt * A`` in Mamba-1, which :class:`~statescope.kernels.rates.Rated` does not write out).
     write_scale : Tensor, (batch, time, heads), optional
         :math:`w_t`, the strength of each write (``dt`` in Mamba-2); 1 where it is absent.
     a, b : Tensor, (batch, time, heads, key), optional

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from statescope.kernels.interface import Attribution, Kernel, ScanOutput, Steps
 from statescope.kernels.loss import token_loss
+from statescope.kernels.rates import written_out
 from statescope.kernels.windows import at_rest, thin, thin_erased
 from statescope.recurrence import Recurrence
 
@@ -28,6 +29,7 @@ __all__ = [
     "thin_erased",
     "token_loss",
     "transition",
+    "written_out",
 ]
 
 BACKENDS = ("fused", "chunked", "reference")
@@ -65,7 +67,7 @@ def on_gpu(recurrence: Recurrence) -> str:
     """Name the kernel that serves a recurrence of this structure where there is a GPU."""
     from statescope.kernels import fused
 
-    refused = fused.spared(recurrence) or fused.supports(recurrence) or ""
+    refused = fused.supports(recurrence) or ""
     return BACKENDS[bool(refused) and not refused.startswith("the tensors are on")]
 
 

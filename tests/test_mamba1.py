@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import needs
 from tiny import assert_close, build, ids
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -124,6 +125,16 @@ def test_half_precision_goes_on(backend: str) -> None:
     assert_close(parts, whole, rtol=0.05)  # a state that is lost differs by 0.5 and more
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
+def test_fused_scan_of_a_model() -> None:
+    """In Triton's interpreter, segments and probes included."""
+    needs("triton")
+    model, text = build("mamba"), ids(20)
+    asked = {"segment": 12, "snapshots": 5, "probes": 17}
+    in_torch = statescope.trace(model, text, backend="chunked", **asked)
+    assert_close(statescope.trace(model, text, backend="fused", **asked), in_torch, rtol=1e-5)
+
+
 def test_edit_reaches_the_scan() -> None:
     """With the step sizes' decays halved the state is larger, and with nothing changed all is the same."""
     model = build("mamba")
@@ -131,6 +142,14 @@ def test_edit_reaches_the_scan() -> None:
     same = statescope.trace(model, TEXT, edit=lambda layer, r: r, segment=30)
     assert_close(same, plain, rtol=1e-5)
     slower = statescope.trace(model, TEXT, edit=lambda layer, r: r.replace(log_decay=r.log_decay / 8))
+
+    def in_place(layer: int, r: Recurrence) -> Recurrence:
+        r.log_decay[:, :40] /= 8
+        r.log_decay[:, 40:, 0].div_(8)
+        r.log_decay[:, 40:, 1:].div_(8)
+        return r
+
+    assert_close(statescope.trace(model, TEXT, edit=in_place), slower, rtol=1e-6)
     grown = slower["steps"].state_norm.sel(layer=0) / plain["steps"].state_norm.sel(layer=0)
     assert float(grown.isel(token=-1).min()) > 1.05
 

@@ -7,10 +7,10 @@ r"""Mamba-1 (arXiv 2312.00752, eq. 2 and algorithm 2), a diagonal state space fo
 with :math:`h`, :math:`A`, :math:`B` and :math:`C` over ``d_state`` and all else one number per channel.
 :math:`B` and :math:`C` are shared by all channels, so :data:`CHANNELS` of them, side by side, make a head
 with a state of (key = d_state, value = channels), as Mamba-2 has by construction. In the terms of
-:class:`~statescope.recurrence.Recurrence`: :math:`g_{nc} = \Delta_c A_{cn}`, one number per entry,
-:math:`k = B`, :math:`v_c = \Delta_c x_c`, :math:`q = C`. A head's norms are those of its channels in
-quadrature, its mean and log decay their means. The skip :math:`D x` and the gate belong to the model's
-output and not to the recurrence.
+:class:`~statescope.recurrence.Recurrence`: :math:`g_{nc} = \Delta_c A_{cn}`, one number per entry, which
+stays a product (:mod:`statescope.kernels.rates`), :math:`k = B`, :math:`v_c = \Delta_c x_c`, :math:`q = C`.
+A head's norms are those of its channels in quadrature, its mean and log decay their means. The skip
+:math:`D x` and the gate belong to the model's output and not to the recurrence.
 
 Neither transformers' nor mamba_ssm's mixers pass an initial state to the scan: a text read in several parts
 would lose its state between them, in silence. What the state adds is linear in it, and is added here,
@@ -28,6 +28,7 @@ from torch.nn.functional import silu, softplus
 
 from statescope.adapters.interface import Adapter, Call
 from statescope.kernels.interface import ScanOutput
+from statescope.kernels.rates import Rated
 from statescope.recurrence import Recurrence
 
 MODELS = ("mamba", "falcon_mamba", "jamba", "zamba")
@@ -163,7 +164,7 @@ def _recurrence(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, state:
         q=C.transpose(1, 2)[:, :, None],
         k=B.transpose(1, 2)[:, :, None],
         v=(step * x.float()).unflatten(2, heads),
-        log_decay=step.unflatten(2, heads)[:, :, :, None] * rates,
+        log_decay=Rated(step.unflatten(2, heads), rates),
         initial_state=state,
     )
 

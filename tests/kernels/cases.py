@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from statescope.kernels.interface import Steps
+from statescope.kernels.rates import Rated
 from statescope.recurrence import Recurrence
 
 
@@ -27,13 +28,15 @@ class Case:
     delta: bool = False
     keyed: bool = False
     erase: bool = False
+    entry: bool = False
+    rated: bool = False
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         shape = f"{self.batch}x{self.time}x{self.heads}h{self.groups}g{self.key}x{self.value}"
         flags = "".join(
             f"-{name}"
-            for name in ("initial", "scale", "skip", "delta", "keyed", "erase")
+            for name in ("initial", "scale", "skip", "delta", "keyed", "erase", "entry", "rated")
             if getattr(self, name)
         )
         return f"{shape}{flags}-{str(self.dtype).removeprefix('torch.')}"
@@ -71,6 +74,17 @@ CASES = (
     Case(9, batch=2, heads=1, key=33, value=5, initial=True, keyed=True, erase=True),
     Case(40, heads=1, scale=False, skip=False, keyed=True, erase=True, dtype=torch.float16),
     Case(33, heads=1, initial=True, keyed=True, erase=True, dtype=torch.bfloat16),
+    Case(1, entry=True),
+    Case(63, heads=1, skip=False, entry=True, dtype=torch.bfloat16),
+    Case(64, heads=1, scale=False, rated=True, dtype=torch.float16),
+    Case(65, heads=1, initial=True, rated=True),
+    Case(9, batch=2, heads=4, groups=2, key=5, value=7, initial=True, rated=True),
+    Case(
+        17, groups=2, key=1, value=64, scale=False, skip=False, initial=True, entry=True, dtype=torch.bfloat16
+    ),
+    Case(9, heads=1, key=256, value=3, rated=True),
+    Case(9, heads=1, value=70, initial=True, entry=True),
+    Case(200, heads=1, key=4, value=3, initial=True, rated=True),
 )
 
 LONG_CASES = (
@@ -94,6 +108,11 @@ LONG_CASES = (
     Case(300, heads=2, key=256, value=200, keyed=True, erase=True),
     Case(1000, heads=2, key=256, value=512, initial=True, dtype=torch.bfloat16),
     Case(300, heads=2, key=64, value=320, delta=True, dtype=torch.bfloat16),
+    Case(1000, batch=2, heads=24, value=64, initial=True, scale=False, skip=False, rated=True),
+    Case(4096, heads=6, value=64, rated=True, dtype=torch.bfloat16),
+    Case(4096, heads=4, key=1, value=64, entry=True),
+    Case(1000, heads=3, groups=3, key=64, value=100, initial=True, entry=True),
+    Case(300, heads=2, key=256, value=200, rated=True, dtype=torch.float16),
 )
 """Too long for the interpreter."""
 
@@ -137,6 +156,11 @@ def draw(case: Case, device: str, seed: int = 0) -> Recurrence:
     log_decay = -step * rate
     if case.keyed:
         log_decay = log_decay[..., None] * torch.logspace(-1, 0.5, case.key)
+    if case.entry or case.rated:  # like a trained Mamba-1's: a step for every column, rates that grow by key
+        steps = torch.nn.functional.softplus(normal(*tokens, case.heads, case.value) - 2)
+        spread = torch.logspace(-1, 0.5, case.key)[:, None] * normal(case.key, case.value).div(3).exp()
+        log_decay = Rated(steps.to(device), (-rate[:, None, None] * spread).to(device))
+        log_decay = log_decay if case.rated else log_decay.written_out()
     return Recurrence(
         q=q.reshape(shared),
         k=k,

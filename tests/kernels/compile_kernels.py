@@ -21,6 +21,8 @@ from triton.compiler import ASTSource
 
 from statescope.kernels import (
     fused,
+    fused_entries,
+    fused_entries_kernels,
     fused_erasing,
     fused_erasing_kernels,
     fused_kernels,
@@ -39,7 +41,7 @@ INTEGERS = {
     "BATCH": "i32",
     "ROWS": "i32",
 }
-MADE = ("remaining", "through", "states")
+MADE = ("remaining", "through", "states", "seen")
 """Buffers in the inputs' dtype."""
 
 STRUCTURES = {
@@ -68,12 +70,14 @@ def source(
             signature[argument] = "constexpr"
         elif argument in shapes and bulk:
             signature[argument] = f"tensordesc<{dtype}[{tiling.chunk}, {shapes[argument]}]>"
-        elif argument in INTEGERS or re.fullmatch("[qkvabgw]_[btghk]", argument):
+        elif argument in INTEGERS or re.fullmatch("[qkvabgwy]_[btghkv]", argument):
             signature[argument] = "i32"
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
-            kinds = {"spoiled": "*i32", "slots": "*i32"} | dict.fromkeys((*shapes, *made), f"*{dtype}")
+            kinds = {"spoiled": "*i32", "slots": "*i32", "ends": "*i64"} | dict.fromkeys(
+                (*shapes, *made), f"*{dtype}"
+            )
             signature[argument] = kinds.get(argument, "*fp32")
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -106,22 +110,46 @@ def erasing(
     structure: str, constants: dict[str, bool], target: str, backend: str, where: GPUTarget
 ) -> dict[str, dict[str, int]]:
     """Compile the kernels of a structure that erases, or whose keys decay, with bfloat16 values."""
-    cut = fused_erasing.tiling(SHAPE, True, target == "sm_90")
-    asked = {name: True for name in ("OUTPUTS", "MEASURE", "HAS_SKIP", "HAS_INITIAL", "STORE")}
-    asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "SPLIT": True, "PRECISION": "ieee"}
+    decay = torch.empty(1, 1, 1, HEADS["KEY"], device="meta")
+    shape = SHAPE.replace(log_decay=decay) if constants["KEYED"] else SHAPE
+    cut = fused_erasing.tiling(shape, True, target == "sm_90")
+    asked = {name: True for name in ("OUTPUTS", "HAS_SKIP", "HAS_INITIAL", "STORE", "MEASURE", "SPLIT")}
+    asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "PRECISION": "ieee"}
     asked |= constants | {"DELTA": constants["ERASES"] and not constants["PAIRS"]}
-    asked |= {"BS": cut.slice, "BLOCKS": -(-HEADS["VALUE"] // cut.walk_columns), "STAGES": cut.walk_stages}
-    tiling = fused.Tiling(cut.chunk, cut.keys, cut.walk_columns)
+    asked |= {"BS": cut.slice, "BLOCKS": -(-HEADS["VALUE"] // cut.walked), "STAGES": cut.walk_stages}
+    whole, parts = {"WHOLE": True, "PART": cut.chunk}, {"WHOLE": False, "PART": fused_erasing.PART}
     found = {}
-    for label, columns, warps in (
-        ("solve", cut.solve_columns, cut.solve_warps),
-        ("walk", cut.walk_columns, cut.walk_warps),
-        ("read", cut.read_columns, cut.read_warps),
+    for label, warps, more in (
+        ("relate", cut.whole_warps, whole),
+        ("relate parts", cut.part_warps, parts),
+        ("invert", cut.invert_warps, {}),
+        ("solve", cut.solve_warps, {"BS": cut.solve_slice, "BV": cut.solve_columns}),
+        ("walk", cut.walk_warps, {"BV": cut.walked}),
+        ("read", cut.read_warps, {}),
+        ("measure", cut.whole_warps, whole),
+        ("measure parts", cut.part_warps, parts),
+        ("tally", cut.tally_warps, {}),
     ):
-        kernel = getattr(fused_erasing_kernels, label)
-        described = source(kernel, tiling, "bf16", False, MADE, **asked | {"BV": columns})
+        kernel = getattr(fused_erasing_kernels, label.split()[0])
+        tiling = fused.Tiling(cut.chunk, cut.keys, cut.columns)
+        described = source(kernel, tiling, "bf16", False, MADE, **asked | more)
         compiled = triton.compile(described, target=where, options={"num_warps": warps})
         found[f"{label} {structure} {target}"] = usage(compiled, backend)
+    return found
+
+
+def entries(target: str, backend: str, where: GPUTarget) -> dict[str, dict[str, int]]:
+    """Compile the walks where entries decay: a Mamba-1 of 5120 channels, float32 as its values are."""
+    shape = {"HEADS": 80, "GROUPS": 1, "KEY": 16, "VALUE": 64}
+    tiling = fused.Tiling(fused_entries.LENGTH, 16, min(64, fused_entries.ENTRIES // 16))
+    asked = {"CUT": False, "HAS_SCALE": False, "HAS_SKIP": False}
+    found = {}
+    for label, rated, first in (("enter Mamba-1", True, True), ("read Mamba-1", True, False),
+                                ("read entries", False, False)):  # fmt: skip
+        kind = {"RATED": rated, "FRESH": first, "OUTPUTS": not first, "MEASURE": not first}
+        described = source(fused_entries_kernels.walk, tiling, "fp32", False, **shape, **asked, **kind)
+        compiled = triton.compile(described, target=where, options={"num_warps": 1})
+        found[f"{label} {target}"] = usage(compiled, backend)
     return found
 
 
@@ -148,7 +176,9 @@ def main() -> None:
                 compiled = triton.compile(described, target=where, options=options)
                 results[f"{label} {dtype} {target}"] = usage(compiled, backend)
         for structure, constants in STRUCTURES.items():
-            results |= erasing(structure, constants, target, backend, where)
+            if constants["KEYED"] or target == "sm_90":  # elsewhere the tiles are the same, and less is done
+                results |= erasing(structure, constants, target, backend, where)
+        results |= entries(target, backend, where)
         thin = {"steps": "*fp32", "out": "*fp32", "TIME": "i32", "HEADS": "i32", "WINDOW": "i32"}
         loss = {"logits": "*bf16", "stride": "i32", "targets": "*i64", "loss": "*fp32", "VOCABULARY": "i32"}
         for label, warps, described in (

@@ -39,6 +39,8 @@ SCANS = (
     Case(128, batch=2, key=128, value=64, dtype=HALF),  # bulk copies across sequences
     Case(50, key=128, value=64, initial=True, skip=False),
     Case(40, key=16, value=40, dtype=torch.float16),
+    Case(70, heads=3, groups=3, key=5, value=7, initial=True, rated=True),
+    Case(130, value=70, initial=True, entry=True, dtype=HALF),
     Case(33, heads=1, key=20, value=33, initial=True, delta=True),
     Case(17, heads=1, key=33, value=20, initial=True, delta=True, keyed=True),
 )

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, fused_erasing, reference
+from statescope.kernels import fused, fused_entries, fused_erasing, reference
 from statescope.kernels.interface import ScanOutput
+from statescope.kernels.rates import Rated
 from statescope.recurrence import Recurrence
-from statescope.scan import choose, on_gpu
+from statescope.scan import on_gpu
 
 needs("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
@@ -30,6 +31,8 @@ SMALL = Case(72, heads=2, initial=True, dtype=torch.bfloat16)
 DELTA = dataclasses.replace(SMALL, time=40, delta=True)
 KEYED = dataclasses.replace(SMALL, time=20, delta=True, keyed=True)
 ERASING = dataclasses.replace(SMALL, time=20, keyed=True, erase=True)
+ENTRIES = dataclasses.replace(SMALL, time=20, entry=True)
+RATED = dataclasses.replace(SMALL, time=20, key=5, value=7, rated=True)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(fused, "BULK_ROWS", 0)
-    monkeypatch.setattr(fused_erasing, "ON_GPU", True)
     yield
 
 
@@ -116,7 +118,7 @@ def test_bulk_copies(time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(r, fused.scan(r, positions=(70,)), (70,))
 
 
-@pytest.mark.parametrize("case", [SMALL, Case(70, batch=2, heads=3, key=20, value=33)], ids=str)
+@pytest.mark.parametrize("case", [SMALL, Case(70, batch=2, heads=3, key=20, value=33), ENTRIES], ids=str)
 def test_any_layout(case: Case) -> None:
     r = draw(case, DEVICE)
     twisted = {
@@ -133,7 +135,8 @@ def test_any_layout(case: Case) -> None:
     [(SMALL, field, float("nan")) for field in ("q", "k", "v", "log_decay", "write_scale")]
     + [(SMALL, "v", float("inf")), (DELTA, "k", float("nan")), (DELTA, "v", float("inf"))]
     + [(KEYED, "log_decay", float("nan")), (KEYED, "v", float("inf"))]
-    + [(ERASING, field, float("nan")) for field in ("a", "b", "v", "log_decay")],
+    + [(ERASING, field, float("nan")) for field in ("a", "b", "v", "log_decay")]
+    + [(ENTRIES, "v", float("inf")), (ENTRIES, "log_decay", float("nan"))],
     ids=str,
 )
 def test_a_spoiled_token_reaches_no_earlier_one(case: Case, field: str, value: float) -> None:
@@ -160,7 +163,7 @@ def test_a_spoiled_token_reaches_no_earlier_one(case: Case, field: str, value: f
         assert not torch.isfinite(got.final_state[:, 0]).all()
 
 
-@pytest.mark.parametrize("case", [SMALL, DELTA, KEYED, ERASING], ids=str)
+@pytest.mark.parametrize("case", [SMALL, DELTA, KEYED, ERASING, ENTRIES], ids=str)
 def test_forgetting_everything(case: Case) -> None:
     r = draw(case, DEVICE)
     log_decay = r.log_decay.clone()
@@ -175,8 +178,30 @@ def test_forgetting_everything(case: Case) -> None:
         )
 
 
-def test_same_twice() -> None:
-    r = draw(SMALL, DEVICE)
+def test_a_step_without_end_forgets_everything() -> None:
+    """Where an infinite step stands for it, no rate of 0 that pads a tile makes a NaN of it."""
+    r = draw(RATED, DEVICE)
+    steps = r.log_decay.step.clone()
+    steps[:, 5] = torch.inf
+    r = r.replace(log_decay=Rated(steps, r.log_decay.rate))
+    got, want = fused.scan(r), reference.scan(r)
+    assert relative(got.y, want.y) <= OUTPUTS[r.v.dtype]
+    assert relative(got.steps.state_norm, want.steps.state_norm) <= WORST[r.v.dtype]
+
+
+def test_a_rated_log_decay_is_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    r = draw(RATED, DEVICE)
+    plain = fused.scan(r.replace(log_decay=r.log_decay.written_out()))
+    monkeypatch.setattr(Rated, "written_out", None)
+    steps = r.log_decay.step.movedim(1, -1).contiguous().movedim(-1, 1)  # as a convolution leaves them
+    got = fused.scan(r.replace(log_decay=Rated(steps, r.log_decay.rate)), positions=(7,))
+    assert relative(got.y, plain.y.double()) < 1e-6
+    assert relative(got.final_state, plain.final_state.double()) < 1e-6
+
+
+@pytest.mark.parametrize("case", [SMALL, ENTRIES], ids=str)
+def test_same_twice(case: Case) -> None:
+    r = draw(case, DEVICE)
     first, second = fused.scan(r), fused.scan(r)
     assert torch.equal(first.y, second.y) and torch.equal(first.final_state, second.final_state)
     assert torch.equal(first.steps.state_norm, second.steps.state_norm)
@@ -185,37 +210,35 @@ def test_same_twice() -> None:
 def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     r = draw(SMALL, DEVICE)
     assert fused.supports(r) is None
-    per_entry = r.log_decay[..., None, None].expand(*r.log_decay.shape, r.key, r.value).contiguous()
+    per_entry = draw(ENTRIES, DEVICE)
     erase = torch.zeros(1, r.time, r.heads, r.key, device=DEVICE)
-    assert "per entry" in fused.supports(r.replace(log_decay=per_entry))
-    assert fused.supports(r.replace(a=erase, b=erase)) is None
+    assert fused.supports(per_entry) is None and fused.supports(r.replace(a=erase, b=erase)) is None
+    per_entry = per_entry.replace(a=erase[:, :20], b=erase[:, :20])
+    assert "per entry, with an erase term" in fused.supports(per_entry)
     assert fused.supports(draw(DELTA, DEVICE)) is None and fused.supports(draw(KEYED, DEVICE)) is None
     assert "float64" in fused.supports(r.to(torch.float64))
     assert "257" in fused.supports(draw(Case(1, key=257), DEVICE))
     with pytest.raises(ValueError, match="per entry"):
-        fused.scan(r.replace(log_decay=per_entry))
+        fused.scan(per_entry)
     monkeypatch.setattr(fused, "_interpreted", lambda: False)
     assert "not on a GPU" in fused.supports(Recurrence(**{n: t.cpu() for n, t in r.tensors().items()}))
 
 
-@pytest.mark.parametrize("structure", ["delta", "erase"])
+@pytest.mark.parametrize("structure", ["delta", "erase", "entry", "rated"])
 def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long text is worked on stretch by stretch, here of one chunk."""
     monkeypatch.setattr(fused_erasing, "ROWS", 1)
+    monkeypatch.setattr(fused_entries, "STATES", 1)
     r = draw(Case(70, heads=1, initial=True, **{structure: True}), DEVICE)
     positions = (69, 0, 40)
     check(r, fused.scan(r, positions=positions), positions)
     check(r, fused.scan(r, outputs=False), ())
 
 
-def test_a_gpu_is_spared_what_is_not_right_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_interpreted", lambda: False)
-    monkeypatch.setattr(fused_erasing, "ON_GPU", False)
-    for structure in ("keyed", "delta", "erase"):
-        r = draw(Case(1, key=64, value=64, **{structure: True}), "cpu")
-        assert on_gpu(r) == "chunked"
-        with pytest.raises(ValueError, match=r"not served on a GPU yet; use backend='auto'"):
-            choose(r, "fused")
+    for structure in ("keyed", "delta", "erase", "skip", "entry", "rated"):
+        assert on_gpu(draw(Case(1, key=64, value=64, **{structure: True}), "cpu")) == "fused"
     plain = draw(Case(1, key=64, value=300, dtype=torch.bfloat16), "cpu")
     assert on_gpu(plain) == on_gpu(plain.to(torch.float32)) == "fused"
     assert on_gpu(draw(Case(1, key=257), "cpu")) == "chunked"
