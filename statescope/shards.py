@@ -42,9 +42,8 @@ class Shards:
     """Writes whole shards; threads may share it."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(
-            CORES, thread_name_prefix="statescope-shards"
-        )  # ends with this object
+        # Has no threads before a shard of several chunks is written, and none once this object is gone.
+        self._pool = ThreadPoolExecutor(CORES, thread_name_prefix="statescope-shards")
 
     def write(self, array: zarr.Array[Any], spans: Sequence[range], values: NDArray[Any]) -> None:
         """Write a block that :func:`whole` says yes to.
@@ -80,9 +79,8 @@ class Shards:
             return _BLOSC.encode(_chunk(values, place, array.chunks, array.fill_value))
 
         found = [*(map if len(places) == 1 else self._pool.map)(compressed, places)]
-        index = np.full(
-            (*(s // c for s, c in zip(array.shards, array.chunks, strict=True)), 2), _ABSENT, "u8"
-        )
+        shape = [s // c for s, c in zip(array.shards, array.chunks, strict=True)]
+        index = np.full((*shape, 2), _ABSENT, "u8")
         offset = 0
         for place, chunk in zip(places, found, strict=True):
             index[place] = offset, len(chunk)
