@@ -44,7 +44,7 @@ class MemoryRecord:
         """The root attributes."""
         return dict(self._attributes)
 
-    def write(self, name: str, values: NDArray[Any], **at: slice | int) -> None:
+    def write(self, name: str, values: NDArray[Any], **at: slice) -> None:
         """Write a block of one variable; see :meth:`statescope.store.RecordWriter.write`."""
         group, variable = name.split("/")
         dims = self._layout.variables(group)[variable].dims

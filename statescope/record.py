@@ -99,7 +99,8 @@ def _validated(store: Any) -> zarr.Group:
 def _expected(root: zarr.Group, group: str, window: int) -> dict[str, Variable]:
     """Variables a group must have: those that came later all together, or none of them."""
     variables = group_variables(group, window, erases=True)
-    for added in (READ_BY_QUERY, tuple(ERASED)):
+    for later in (READ_BY_QUERY, tuple(ERASED)):
+        added = [name for name in later if name in variables]
         if not any(f"{group}/{name}" in root for name in added):
             variables = {name: v for name, v in variables.items() if name not in added}
     return variables
@@ -108,9 +109,12 @@ def _expected(root: zarr.Group, group: str, window: int) -> dict[str, Variable]:
 def _check_group(root: zarr.Group, group: str, variables: dict[str, Variable], store: Any) -> None:
     """Demand every array of a group: xarray leaves out what it does not find."""
     wanted = variables | {d: COORDINATES[d] for v in variables.values() for d in v.dims}
+    try:
+        found: Any = root[group]
+    except (KeyError, ValueError):
+        found = {}  # which lacks all that is wanted
     for name, variable in wanted.items():
         try:
-            found: Any = root[group]
             array = found[name]
         except (KeyError, ValueError) as error:
             raise ValueError(f"store={str(store)!r} lacks {group}/{name}; {DAMAGED}") from error

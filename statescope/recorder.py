@@ -44,7 +44,7 @@ class Writer(Protocol):
         """The root attributes."""
         ...
 
-    def write(self, name: str, values: NDArray[Any], **at: slice | int) -> None:
+    def write(self, name: str, values: NDArray[Any], **at: slice) -> None:
         """Write a block of one variable."""
         ...
 

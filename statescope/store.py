@@ -22,15 +22,13 @@ import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store
 from zarr.api.asynchronous import create_group
-from zarr.codecs import BloscCodec
 from zarr.core.sync import sync
 
 from statescope.layout import SHARD_BYTES, Layout
 from statescope.schema import COORDINATES, Variable
+from statescope.shards import COMPRESSOR, Shards, whole
 
 StoreLike = str | Path | Store
-
-COMPRESSOR = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 
 CARRY = "carry"
 
@@ -44,6 +42,7 @@ class RecordWriter:
         self._store, self._root, self.layout = store, root, layout
         self._former = former
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._shards = Shards()
 
     @classmethod
     def create(
@@ -88,8 +87,8 @@ class RecordWriter:
             _remove(*_beside(Path(store).resolve()))
         return cls(store, root, layout)
 
-    def write(self, name: str, values: NDArray[Any], **at: slice | int) -> None:
-        """Write a block of one variable.
+    def write(self, name: str, values: NDArray[Any], **at: slice) -> None:
+        """Write a block of one variable: whole shards by :mod:`statescope.shards`, parts of them by zarr.
 
         Parameters
         ----------
@@ -97,13 +96,19 @@ class RecordWriter:
             ``group/variable``.
         values : array
             The block.
-        **at : slice or int
+        **at : slice
             Where it goes, by dimension; dimensions not named are written whole.
         """
         group, variable = name.split("/")
         dims = self.layout.variables(group)[variable].dims
         with _named_errors(self._store, self.committed):
-            self._array(name)[tuple(at.get(d, slice(None)) for d in dims)] = values
+            array = self._array(name)
+            where = tuple(at.get(d, slice(None)) for d in dims)
+            spans = [range(*s.indices(n)) for s, n in zip(where, array.shape, strict=True)]
+            if whole(array, spans):
+                self._shards.write(array, spans, values)
+            else:
+                array[where] = values
 
     @property
     def committed(self) -> int:
