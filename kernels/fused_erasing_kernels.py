@@ -16,8 +16,9 @@ from .fused_kernels import _bounded
 SIZES = ["ROWS", "PADDED", "CHUNKS", "BATCH"]
 """Arguments for whose values nothing is compiled anew: texts differ in length."""
 
-RANGE = tl.constexpr(100.0)
-"""Most that a key may forget for one product of related rows, base 2: its factors stay below 2^100."""
+RANGE = tl.constexpr(80.0)
+"""Most that a key may forget for one product of related rows, base 2: its factors stay below 2^80, which
+leaves 2^47 for what they multiply."""
 
 
 @triton.jit
