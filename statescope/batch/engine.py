@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from statescope.batch.manifest import Manifest, Outcome
 from statescope.batch.places import Dumps, without_secrets
 from statescope.batch.settings import Facts, Settings, Text
 from statescope.batch.shelf import Shelf
-from statescope.batch.work import look, work
+from statescope.batch.work import TEXTS_OF_A_PASS, look, work
 
 ATTEMPTS = 3
 """Workers that a text may kill."""
@@ -26,10 +26,13 @@ UNPLACED = 4
 """Texts in a row that could not be written, after which a run stops."""
 
 BYTES_PER_TOKEN = 4
-"""Of a text, about; a piece of work is about one forward pass."""
+"""Of a text, about."""
 
-TEXTS_OF_A_PIECE = 16
-"""At most: to lay a record out takes a while, however short its text."""
+PASSES = 4
+"""Forward passes of a piece of work, at most: what is read in one is written while the next is read."""
+
+SHARES = 8
+"""Pieces of work for every worker, at least, where there are texts enough: they end at about one time."""
 
 COUNTED = 0.5
 """Seconds between two counts of the workers."""
@@ -101,7 +104,7 @@ class Engine:
                 return facts
         raise Stopped("a worker died three times while it loaded the model (out of memory?)")
 
-    def go(self, texts: Iterable[Waiting], facts: Facts, tell: Callable[[list[Outcome]], None]) -> None:
+    def go(self, texts: Sequence[Waiting], facts: Facts, tell: Callable[[list[Outcome]], None]) -> None:
         """Read texts; write down each outcome, then tell of it.
 
         Raises
@@ -109,7 +112,7 @@ class Engine:
         Stopped
             If there is no writing, no worker or no scheduler.
         """
-        self._queue.extend(pieces(texts, BYTES_PER_TOKEN * facts.segment))
+        self._queue.extend(pieces(texts, BYTES_PER_TOKEN * facts.segment, self._workers()))
         try:
             while self._queue or self._running:
                 while self._queue and len(self._running) < 2 * max(1, self._workers()):
@@ -193,12 +196,18 @@ class Engine:
                 raise Stopped(without_secrets(f"records cannot be written: {outcome.error}"))
 
 
-def pieces(texts: Iterable[Waiting], size: int) -> Iterator[list[Waiting]]:
-    """Cut texts into pieces of work, of similar sizes and about ``size`` bytes; the longest come first."""
+def pieces(texts: Sequence[Waiting], size: int, workers: int = 1) -> Iterator[list[Waiting]]:
+    """Cut texts into pieces of work, of similar sizes; the longest come first.
+
+    A piece is of one forward pass of about ``size`` bytes, or of several where there is work enough for all.
+    """
+    share = max(1, workers) * SHARES
+    passes = [sum(w.size for w in texts) / (share * size), len(texts) / (share * TEXTS_OF_A_PASS)]
+    several = min(PASSES, max(1, int(max(passes))))
     piece: list[Waiting] = []
     for text in sorted(texts, key=lambda w: -w.size):
-        full = sum(w.size for w in piece) + text.size > size or len(piece) == TEXTS_OF_A_PIECE
-        if piece and full:
+        full = sum(w.size for w in piece) + text.size > several * size
+        if piece and (full or len(piece) == several * TEXTS_OF_A_PASS):
             yield piece
             piece = []
         piece.append(text)
