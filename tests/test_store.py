@@ -13,7 +13,7 @@ import xarray as xr
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import assert_close, assert_identical, build, ids, thinned
+from tiny import assert_close, assert_identical, ids, thinned
 from torch import nn
 from zarr.storage import LocalStore, MemoryStore
 
@@ -24,11 +24,6 @@ from statescope.measured import STEPS
 from statescope.schema import READ_BY_QUERY, ROOT_ATTRIBUTES, group_variables
 from statescope.store import RecordWriter, write_whole
 from statescope.watch import Watch
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return build("mamba2")
 
 
 @pytest.fixture(scope="module")
