@@ -64,8 +64,10 @@ def test_every_choice_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mamba", "qwen3_next", "bamba"])
 def test_padding_reaches_no_text(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In other families, and beside attention."""
-    model = build(family)
+    """In other families, and beside attention; nor does that of a GPU's rows, which all texts have."""
+    model, own = build(family), working._width
+    assert own((40, 65), torch.device("cpu")) == 65 and own((40, 65), torch.device("cuda")) == 128
+    monkeypatch.setattr(working, "_width", lambda lengths, _: own(lengths, torch.device("cuda")))
     monkeypatch.setattr(working, "_loaded", lambda *_: (model, family, "weights"))
     rows = [{"id": str(n), "text": torch.arange(n).remainder(64).tolist()} for n in (40, 37, 35)]
     settings = Settings(family, window=3, backend="auto")

@@ -43,6 +43,9 @@ PADDING = 0.2
 TEXTS_OF_A_PASS = 16
 """At most: to lay a record out takes a while, however short its text, and the next pass goes on meanwhile."""
 
+ROW = 64
+"""Tokens of which a row is a multiple on a GPU: the fused kernels then copy its tiles in bulk."""
+
 Drafted = Callable[[], tuple[Draft, float]]
 """Puts a text's record together, if that is not done; returns it and the mean loss."""
 
@@ -221,14 +224,21 @@ def _together(plans: Sequence[Plan]) -> list[dict[str, NDArray[Any]]]:
     """
     lengths = tuple(_length(plan) for plan in plans)
     longest = max(plans, key=_length)
-    window, ids = longest.watch.window, torch.zeros(len(plans), max(lengths), dtype=torch.int64)
+    width = _width(lengths, next(longest.model.parameters()).device)
+    window, ids = longest.watch.window, torch.zeros(len(plans), width, dtype=torch.int64)
     for row, plan in zip(ids, plans, strict=True):
         row[: _length(plan)] = plan.ids[0]
-    joint = replace(longest, ids=ids, segment=-(-max(lengths) // window) * window, lengths=lengths)
+    joint = replace(longest, ids=ids, segment=-(-width // window) * window, lengths=lengths)
     memory = MemoryRecord(joint.layout, joint.attributes(), ids.numpy())
     if run(joint, lambda: memory, progress=False)["first_nonfinite"]:
         raise FloatingPointError("a value is not finite")
     return [memory.of_one(i, plan.layout) for i, plan in enumerate(plans)]
+
+
+def _width(lengths: Sequence[int], device: torch.device) -> int:
+    """Tokens of every row of a pass."""
+    multiple = ROW if device.type == "cuda" else 1
+    return -(-max(lengths) // multiple) * multiple
 
 
 def _drafted(plan: Plan, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> tuple[Draft, float]:
