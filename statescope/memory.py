@@ -62,6 +62,18 @@ class MemoryRecord:
         groups = {f"/{group}": self._dataset(group) for group in self._layout.groups()}
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=self.attributes), **groups})
 
+    def of_one(self, sequence: int, layout: Layout) -> dict[str, NDArray[Any]]:
+        """Cut one sequence out, to the length that ``layout`` has: every variable, by ``group/variable``."""
+        found = {}
+        for group in self._layout.groups():
+            for name, variable in self._layout.variables(group).items():
+                cut = {"sequence": slice(sequence, sequence + 1)}
+                if "token" in variable.dims:
+                    cut["token"] = slice(0, layout.size(group, "token"))
+                at = tuple(cut.get(d, slice(None)) for d in variable.dims)
+                found[f"{group}/{name}"] = self._arrays[f"{group}/{name}"][at]
+        return found
+
     def _dataset(self, group: str) -> xr.Dataset:
         variables = self._layout.variables(group)
         dims = dict.fromkeys(d for v in variables.values() for d in v.dims)

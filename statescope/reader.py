@@ -110,8 +110,8 @@ class Reader:
         """Loss of every token of the segment; that of the token after it waits in the carry."""
         if not predicts_next_token(self.model):
             return torch.full((len(self.ids), stop - carry.position), torch.nan, device=self.device)
-        predicted = token_loss(logits[:, : targets.shape[1]].flatten(0, 1), targets.flatten())
-        predicted = predicted.view(targets.shape)
+        known_of = zip(logits[:, : targets.shape[1]], targets, strict=True)
+        predicted = torch.stack([token_loss(*rows) for rows in known_of])  # flattened, logits would be copied
         first = carry.pending_loss
         if first is None:
             first = torch.full((len(self.ids),), torch.nan, device=self.device)

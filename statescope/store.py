@@ -62,15 +62,17 @@ class RecordWriter:
         OSError
             If the place cannot be written; names ``store``.
         """
+        start = {**attributes, "committed": 0, "complete": False}
+        known = {"tokens/token_id": token_id}
         if not isinstance(store, str | Path):
-            laid_out = sync(_lay_out(store, layout, attributes, token_id, overwrite=True))
+            laid_out = sync(_lay_out(store, layout, start, known, CARRY, overwrite=True))
             return cls(store, zarr.Group(laid_out), layout)
         place = Path(store).resolve()
         draft, former = _beside(place)
         with _named_errors(store):
             _remove(draft, former)
             try:
-                sync(_lay_out(draft, layout, attributes, token_id))
+                sync(_lay_out(draft, layout, start, known, CARRY))
                 replaces = place.exists()
                 if replaces:
                     place.rename(former)
@@ -176,6 +178,29 @@ class RecordWriter:
         return self._arrays[name]
 
 
+def write_whole(
+    store: Store, layout: Layout, attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write a record that is known whole, for a store that nobody else sees yet.
+
+    It is what :class:`RecordWriter` leaves, and takes a third of the time: all arrays are laid out and filled
+    side by side, with one turn of zarr's thread instead of one for every array.
+
+    Parameters
+    ----------
+    store : zarr store
+        Where to write, such as a store in memory.
+    layout : Layout
+        The shape of the record.
+    attributes : mapping
+        Root attributes, ``first_nonfinite`` included.
+    arrays : mapping
+        Every variable, by ``group/variable``.
+    """
+    end = {**attributes, "committed": layout.tokens, "complete": True}
+    sync(_lay_out(store, layout, end, arrays, overwrite=True))
+
+
 def _beside(place: Path) -> tuple[Path, Path]:
     """Where a record is laid out before it appears, and where the one it replaces waits to be removed."""
     return place.with_name(f".{place.name}.draft"), place.with_name(f".{place.name}.former")
@@ -190,14 +215,14 @@ async def _lay_out(
     store: StoreLike,
     layout: Layout,
     attributes: Mapping[str, Any],
-    token_id: NDArray[np.int64],
+    known: Mapping[str, NDArray[Any]],
+    *more: str,
     overwrite: bool = False,
 ) -> zarr.AsyncGroup:
-    """Create all groups and arrays of a record, side by side: one after the other takes twice as long."""
-    start = {**attributes, "committed": 0, "complete": False}
-    root = await create_group(store=store, zarr_format=3, overwrite=overwrite, attributes=start)
-    groups = layout.groups()
-    await _all(root.create_group(CARRY), *(_lay_out_group(root, name, layout, token_id) for name in groups))
+    """Create all groups, arrays and what is known of them side by side: in turn takes twice as long."""
+    root = await create_group(store=store, zarr_format=3, overwrite=overwrite, attributes=dict(attributes))
+    laid_out = (_lay_out_group(root, name, layout, known) for name in layout.groups())
+    await _all(*(root.create_group(name) for name in more), *laid_out)
     return root
 
 
@@ -209,7 +234,7 @@ async def _all(*work: Awaitable[Any]) -> None:
 
 
 async def _lay_out_group(
-    root: zarr.AsyncGroup, group: str, layout: Layout, token_id: NDArray[np.int64]
+    root: zarr.AsyncGroup, group: str, layout: Layout, known: Mapping[str, NDArray[Any]]
 ) -> None:
     target = await root.create_group(group)
     variables = layout.variables(group)
@@ -218,8 +243,8 @@ async def _lay_out_group(
     arrays = []
     for name, variable in variables.items():
         shape = tuple(layout.size(group, d) for d in variable.dims)
-        known = token_id if name == "token_id" else None
-        arrays.append(_create(target, name, variable, shape, *layout.shards(group, variable), known))
+        found = known.get(f"{group}/{name}")
+        arrays.append(_create(target, name, variable, shape, *layout.shards(group, variable), found))
     await _all(*coordinates, *arrays)
 
 

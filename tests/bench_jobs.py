@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+from statescope.experiments.bench.apart import stage
+
 
 def raises() -> None:
     raise ValueError("not like this\nand more")
@@ -16,6 +18,7 @@ def dies() -> None:
 
 def works(number: int) -> dict[str, object]:
     print("other output is passed over")
+    stage(f"double {number}")
     return {"twice": 2 * number, "seen": os.environ.get("STATESCOPE_BENCH_TEST")}
 
 

@@ -14,11 +14,6 @@ from torch import nn
 import statescope
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return build("mamba2")
-
-
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 

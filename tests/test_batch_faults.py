@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 import pytest
 import xarray as xr
+from batches import MODEL, SETTINGS, texts, write
 from conftest import needs, skip
-from test_batch import MODEL, SETTINGS, texts, write
 
 import statescope
 from statescope.batch import engine

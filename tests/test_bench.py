@@ -171,7 +171,7 @@ def test_a_failing_contestant_is_out_and_the_rest_go_on() -> None:
     assert bad.row({}) == {"name": "bad", "skipped": "RuntimeError: no such luck"}
 
 
-def test_a_job_that_dies_costs_its_own_result_only() -> None:
+def test_a_job_that_dies_costs_its_own_result_only(capsys: pytest.CaptureFixture[str]) -> None:
     with apart.Apart({"STATESCOPE_BENCH_TEST": "1"}, without=["colorsys"]) as work:
         assert work.call("bench_jobs.works", number=2) == {"twice": 4, "seen": "1"}
         with pytest.raises(apart.Lost, match="ValueError: not like this"):
@@ -181,6 +181,8 @@ def test_a_job_that_dies_costs_its_own_result_only() -> None:
         with pytest.raises(apart.Lost, match="colorsys"):
             work.call("bench_jobs.imports")
         assert work.call("bench_jobs.works", number=3)["twice"] == 6
+    said = [line.split(" s: ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["double 2", "double 3"]
 
 
 def test_a_part_that_breaks_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

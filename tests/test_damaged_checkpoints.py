@@ -11,15 +11,9 @@ from typing import Any
 import pytest
 import torch
 from refusing import TEXT, listing, refused
-from tiny import build
 from torch import nn
 
 import statescope
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return build("mamba2")
 
 
 class Payload:

@@ -8,25 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusing import TEXT, change_root, listing, occupied, refused
-from tiny import build
-from torch import nn
+from refusing import change_root, listing, occupied, refused
 
 import statescope
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return build("mamba2")
-
-
-@pytest.fixture(scope="module")
-def finished(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a finished record, to be copied."""
-    place = tmp_path_factory.mktemp("records") / "run.zarr"
-    statescope.trace(model, TEXT, store=place, window=3, snapshots=5, probes=7)
-    return place
-
 
 DAMAGE: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
     ("newer", lambda p: change_root(p, schema_version=99), ("schema_version 99", "upgrade")),

@@ -28,19 +28,6 @@ import statescope
 from statescope import layout
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return build("mamba2")
-
-
-@pytest.fixture(scope="module")
-def finished(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a finished record, to be copied."""
-    place = tmp_path_factory.mktemp("records") / "run.zarr"
-    statescope.trace(model, TEXT, store=place, window=3, snapshots=5, probes=7)
-    return place
-
-
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Mount small file systems; they go away after the test."""

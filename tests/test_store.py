@@ -13,7 +13,7 @@ import xarray as xr
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import assert_close, assert_identical, build, ids, thinned
+from tiny import assert_close, assert_identical, ids, thinned
 from torch import nn
 from zarr.storage import LocalStore, MemoryStore
 
@@ -22,13 +22,8 @@ from statescope import record
 from statescope.layout import Layout, shard_tokens
 from statescope.measured import STEPS
 from statescope.schema import READ_BY_QUERY, ROOT_ATTRIBUTES, group_variables
-from statescope.store import RecordWriter
+from statescope.store import RecordWriter, write_whole
 from statescope.watch import Watch
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return build("mamba2")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +95,24 @@ def test_round_trip(layout: Layout, seed: int) -> None:
         np.testing.assert_array_equal(tree["tokens"].token_id, token_id[:, :stop])
         assert tree.attrs["complete"] == (stop == layout.tokens)
     assert "carry" not in zarr.open_group(place)
+
+
+@settings(max_examples=10, deadline=None)
+@given(layout=layouts(), seed=st.integers(0, 2**31))
+def test_written_whole(layout: Layout, seed: int) -> None:
+    """A record written at once is the one that is filled in array by array."""
+    token_id = np.random.default_rng(seed).integers(0, 2**40, (layout.sequences, layout.tokens))
+    blocks, whole, filled = random_blocks(layout, seed), MemoryStore(), MemoryStore()
+    about = attributes(layout) | {"first_nonfinite": None}
+    write_whole(whole, layout, about, {**blocks, "tokens/token_id": token_id})
+    writer = RecordWriter.create(filled, layout, about, token_id)
+    for name, values in blocks.items():
+        writer.write(name, values)
+    writer.commit(layout.tokens, None)
+    described = [{k: v.to_bytes() for k, v in s._store_dict.items() if "json" in k} for s in (whole, filled)]
+    assert described[0] == described[1] and "tokens/loss/zarr.json" in described[0]
+    check(record.open(whole), layout, blocks, layout.tokens)
+    xr.testing.assert_identical(record.open(whole).load(), record.open(filled).load())
 
 
 def write_shard(

@@ -28,8 +28,12 @@ QUIET = {
 IMPORTED = ["distributed", "statescope.batch.work", "transformers.models.mamba2.modeling_mamba2"]
 """What workers share from the start: with one family's module comes what those of all others import."""
 
-PRELOAD = "import signal, torch; signal.signal(signal.SIGINT, signal.SIG_IGN); torch.set_num_threads({})"
-"""A worker leaves Ctrl-C to its parent, which stops it; its threads are its share of the cores."""
+PRELOAD = (
+    "import signal, sys, torch; signal.signal(signal.SIGINT, signal.SIG_IGN); torch.set_num_threads({});"
+    " sys.setswitchinterval(5e-4)"
+)
+"""A worker leaves Ctrl-C to its parent, which stops it; its threads are its share of the cores. Whenever it
+launches work on a GPU another thread of Python's may go on, and the one that writes shall give way soon."""
 
 
 @contextmanager

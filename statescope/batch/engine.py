@@ -17,7 +17,7 @@ from statescope.batch.manifest import Manifest, Outcome
 from statescope.batch.places import Dumps, without_secrets
 from statescope.batch.settings import Facts, Settings, Text
 from statescope.batch.shelf import Shelf
-from statescope.batch.work import look, work
+from statescope.batch.work import TEXTS_OF_A_PASS, look, work
 
 ATTEMPTS = 3
 """Workers that a text may kill."""
@@ -26,10 +26,10 @@ UNPLACED = 4
 """Texts in a row that could not be written, after which a run stops."""
 
 BYTES_PER_TOKEN = 4
-"""Of a text, about; a piece of work is about one forward pass."""
+"""Of a text, about."""
 
-TEXTS_OF_A_PIECE = 16
-"""At most: to lay a record out takes a while, however short its text."""
+PASSES = 8
+"""Forward passes of a piece of work, at most: what is read in one is written while the next is read."""
 
 COUNTED = 0.5
 """Seconds between two counts of the workers."""
@@ -83,7 +83,8 @@ class Engine:
         self._client, self._own, self._settings = client, own, settings
         self._dumps, self._manifest, self._shelf, self._label = dumps, manifest, shelf, label
         self._say, self._patience, self._lonely = say, 30.0, time.monotonic()
-        self._queue: deque[list[Waiting]] = deque()
+        self._queue: deque[list[Waiting]] = deque()  # what a worker took along
+        self._left = Left((), 1)
         self._running: dict[Any, list[Waiting]] = {}
         self._deaths: Counter[str] = Counter()
         self._unplaced = self._count = 0
@@ -109,18 +110,19 @@ class Engine:
         Stopped
             If there is no writing, no worker or no scheduler.
         """
-        self._queue.extend(pieces(texts, BYTES_PER_TOKEN * facts.segment))
+        self._left = Left(texts, BYTES_PER_TOKEN * facts.segment)
         try:
-            while self._queue or self._running:
-                while self._queue and len(self._running) < 2 * max(1, self._workers()):
-                    self._hand_out(self._queue.popleft(), facts)
+            while self._queue or self._left or self._running:
+                while (self._queue or self._left) and len(self._running) < 2 * max(1, self._workers()):
+                    self._hand_out(facts)
                 for future in self._wait(list(self._running)):
                     tell(self._take_back(future, self._running.pop(future)))
         finally:
             if self._running:
                 self._client.cancel(list(self._running), force=True)
 
-    def _hand_out(self, piece: list[Waiting], facts: Facts) -> None:
+    def _hand_out(self, facts: Facts) -> None:
+        piece = self._queue.popleft() if self._queue else self._left.cut(self._workers())
         texts = [Text(w.id, w.sha256, w.place, self._shelf.content(w.id)) for w in piece]
         future = self._client.submit(work, texts, self._settings, facts, self._dumps, self._label, pure=False)
         self._running[future] = piece
@@ -189,21 +191,54 @@ class Engine:
     def _notice_unplaced(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             self._unplaced = self._unplaced + 1 if outcome.status == "unplaced" else 0
-            if self._unplaced >= UNPLACED or (outcome.status == "unplaced" and not self._queue):
+            if self._unplaced >= UNPLACED or (
+                outcome.status == "unplaced" and not (self._queue or self._left)
+            ):
                 raise Stopped(without_secrets(f"records cannot be written: {outcome.error}"))
 
 
-def pieces(texts: Iterable[Waiting], size: int) -> Iterator[list[Waiting]]:
-    """Cut texts into pieces of work, of similar sizes and about ``size`` bytes; the longest come first."""
-    piece: list[Waiting] = []
-    for text in sorted(texts, key=lambda w: -w.size):
-        full = sum(w.size for w in piece) + text.size > size or len(piece) == TEXTS_OF_A_PIECE
-        if piece and full:
-            yield piece
-            piece = []
-        piece.append(text)
-    if piece:
-        yield piece
+class Left:
+    """What is left to read, in the order in which it is: the longest first.
+
+    Parameters
+    ----------
+    texts : iterable of Waiting
+        All of it.
+    size : int
+        Bytes of one forward pass.
+    """
+
+    def __init__(self, texts: Iterable[Waiting], size: int) -> None:
+        self._texts = deque(sorted(texts, key=lambda w: -w.size))
+        self._bytes, self._size = sum(w.size for w in self._texts), size
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
+
+    def cut(self, workers: int) -> list[Waiting]:
+        """Take the next piece of work: texts of similar sizes, half of what is one worker's share.
+
+        It is of one to :data:`PASSES` forward passes: large while there is much to do, small at the end, so
+        that all workers end at one time.
+        """
+        passes = max(self._bytes / self._size, len(self._texts) / TEXTS_OF_A_PASS)
+        several = min(PASSES, max(1, int(passes / (2 * max(1, workers)))))
+        piece = [self._texts.popleft()]
+        held = piece[0].size
+        while self._texts and len(piece) < several * TEXTS_OF_A_PASS:
+            if held + self._texts[0].size > several * self._size:
+                break
+            piece.append(self._texts.popleft())
+            held += piece[-1].size
+        self._bytes -= held
+        return piece
+
+
+def pieces(texts: Iterable[Waiting], size: int, workers: int = 1) -> Iterator[list[Waiting]]:
+    """Cut texts into all pieces of work, for so many workers; see :class:`Left`."""
+    left = Left(texts, size)
+    while left:
+        yield left.cut(workers)
 
 
 def _fetched(future: Any) -> Any:

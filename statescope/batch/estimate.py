@@ -92,7 +92,7 @@ def estimate(
         if not todo:
             return Estimate(0, known, unreadable, 0.0, 0.0, 0.0, 0, count)
         facts = look(settings)
-        whole = list(pieces(todo, BYTES_PER_TOKEN * facts.segment))
+        whole = list(pieces(todo, BYTES_PER_TOKEN * facts.segment, count))
         target = Dumps.at(scratch / "dumps")
 
         def measured(piece: list[Waiting]) -> tuple[int, int, float, int, int]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,7 +31,7 @@ from statescope.caches import longest_pass
 from statescope.live import digest, resolve
 from statescope.memory import MemoryRecord
 from statescope.plan import Plan
-from statescope.store import RecordWriter
+from statescope.store import write_whole
 from statescope.tokens import find_tokenizer, to_token_ids
 from statescope.tracing import prepare, run, usual_segment
 from statescope.watch import Probes
@@ -40,8 +40,17 @@ from statescope.zipped import pack
 PADDING = 0.2
 """Part of a pass that may be padding."""
 
-Later = Callable[..., "Future[Outcome]"]
-"""Puts what is written of a text in its place, in time."""
+TEXTS_OF_A_PASS = 16
+"""At most: to lay a record out takes a while, however short its text, and the next pass goes on meanwhile."""
+
+ROW = 64
+"""Tokens of which a row is a multiple on a GPU: the fused kernels then copy its tiles in bulk."""
+
+Drafted = Callable[[], tuple[Draft, float]]
+"""Puts a text's record together, if that is not done; returns it and the mean loss."""
+
+Later = Callable[[Text, Plan, Drafted, float, int], "Future[Outcome]"]
+"""Puts what was read of a text in its place, in time."""
 
 
 @lru_cache(maxsize=1)
@@ -109,8 +118,8 @@ def work(texts: Sequence[Text], settings: Settings, facts: Facts, dumps: Dumps, 
     try:
         with drafts(dumps, label) as folder, ThreadPoolExecutor(1) as beside:
 
-            def later(text: Text, *written: Any) -> Future[Outcome]:
-                return beside.submit(_place, text, dumps, folder, *written)
+            def later(text: Text, *read: Any) -> Future[Outcome]:
+                return beside.submit(_place, text, dumps, folder, *read)
 
             former: list[Future[Outcome]] = []
             for group in _groups(plans, 0 if settings.alone else facts.segment):
@@ -140,7 +149,7 @@ def _plan(settings: Settings, model: nn.Module, name: str, ids: torch.Tensor) ->
 
 
 def _groups(plans: Sequence[tuple[Text, Plan]], at_most: int) -> Iterator[list[tuple[Text, Plan]]]:
-    """Cut into what one forward pass reads: no more tokens than a segment, and little padding.
+    """Cut into what one forward pass reads: no more tokens than a segment, few texts, and little padding.
 
     Snapshots and probes must stand at the same tokens of all texts of a pass.
     """
@@ -150,7 +159,7 @@ def _groups(plans: Sequence[tuple[Text, Plan]], at_most: int) -> Iterator[list[t
             first = group[0][1]
             same = (first.watch.snapshots, first.watch.probes) == (plan.watch.snapshots, plan.watch.probes)
             longest, several = _length(first), len(group) + 1
-            fits = longest * several <= at_most
+            fits = longest * several <= at_most and several <= TEXTS_OF_A_PASS
             little = sum(_length(p) for _, p in group) + _length(plan) >= (1 - PADDING) * longest * several
             if not (same and fits and little):
                 yield group
@@ -169,8 +178,9 @@ def _read(
 ) -> list[Future[Outcome]]:
     """Read a group together; if that fails, one by one, so that a poisoned text fails alone.
 
-    Records are put in their places by a thread, beside the reading of the next group: a disk takes its time
-    to be sure of a file, an object store more.
+    Records are put together and in their places by a thread, beside the reading of the next group: for a
+    short text that takes a GPU as long as to read it; a disk takes its time to be sure of a file, an object
+    store more.
     """
     began = time.perf_counter()
     try:
@@ -178,14 +188,13 @@ def _read(
             text, plan = group[0]
             draft = Draft.of(plan, text, dumps, folder)
             loss = draft.read(plan, _about(text, 1, about))
-            return [later(text, plan, draft, loss, time.perf_counter() - began, 1)]
-        placed = []
+            return [later(text, plan, lambda: (draft, loss), time.perf_counter() - began, 1)]
         records = _together([plan for _, plan in group])
+        seconds = (time.perf_counter() - began) / len(group)
+        placed, together = [], len(group)
         for (text, plan), arrays in zip(group, records, strict=True):
-            draft = Draft(MemoryStore())
-            loss = _write(plan, draft.store, arrays, _about(text, len(group), about))
-            seconds = (time.perf_counter() - began) / len(group)
-            placed.append(later(text, plan, draft, loss, seconds, len(group)))
+            drafted = partial(_drafted, plan, arrays, _about(text, together, about))
+            placed.append(later(text, plan, drafted, seconds, together))
         return placed
     except OSError as error:
         return [_known(Outcome(text.id, "unplaced", _reason(error))) for text, _ in group]
@@ -205,7 +214,7 @@ def _about(text: Text, together: int, more: Mapping[str, str]) -> dict[str, Any]
     return {"text_id": text.id, "text_sha256": text.sha256, "texts_together": together, **more}
 
 
-def _together(plans: Sequence[Plan]) -> Iterator[dict[str, NDArray[Any]]]:
+def _together(plans: Sequence[Plan]) -> list[dict[str, NDArray[Any]]]:
     """Read texts in one forward pass; take the arrays of each, by ``group/variable``.
 
     Raises
@@ -215,40 +224,37 @@ def _together(plans: Sequence[Plan]) -> Iterator[dict[str, NDArray[Any]]]:
     """
     lengths = tuple(_length(plan) for plan in plans)
     longest = max(plans, key=_length)
-    window, ids = longest.watch.window, torch.zeros(len(plans), max(lengths), dtype=torch.int64)
+    width = _width(lengths, next(longest.model.parameters()).device)
+    window, ids = longest.watch.window, torch.zeros(len(plans), width, dtype=torch.int64)
     for row, plan in zip(ids, plans, strict=True):
         row[: _length(plan)] = plan.ids[0]
-    joint = replace(longest, ids=ids, segment=-(-max(lengths) // window) * window, lengths=lengths)
+    joint = replace(longest, ids=ids, segment=-(-width // window) * window, lengths=lengths)
     memory = MemoryRecord(joint.layout, joint.attributes(), ids.numpy())
     if run(joint, lambda: memory, progress=False)["first_nonfinite"]:
         raise FloatingPointError("a value is not finite")
-    tree = memory.tree()
-    for i, plan in enumerate(plans):
-        arrays: dict[str, NDArray[Any]] = {}
-        for group in plan.layout.groups():
-            part = tree[group].to_dataset().isel(sequence=slice(i, i + 1))
-            if "token" in part.dims:
-                part = part.isel(token=slice(0, plan.layout.size(group, "token")))
-            arrays |= {f"{group}/{name}": part[name].values for name in part.data_vars}
-        yield arrays
+    return [memory.of_one(i, plan.layout) for i, plan in enumerate(plans)]
 
 
-def _write(plan: Plan, store: Any, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> float:
-    """Write a record at once; return the mean loss."""
-    attributes = {**plan.attributes(), **about}
-    writer = RecordWriter.create(store, plan.layout, attributes, plan.ids.numpy())
-    for name, values in arrays.items():
-        if name != "tokens/token_id":
-            writer.write(name, values)
-    writer.commit(_length(plan), None, first_nonfinite=None)
-    return mean(arrays["tokens/loss"])
+def _width(lengths: Sequence[int], device: torch.device) -> int:
+    """Tokens of every row of a pass."""
+    multiple = ROW if device.type == "cuda" else 1
+    return -(-max(lengths) // multiple) * multiple
+
+
+def _drafted(plan: Plan, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> tuple[Draft, float]:
+    store = MemoryStore()
+    write_whole(store, plan.layout, {**plan.attributes(), **about}, arrays)
+    return Draft(store), mean(arrays["tokens/loss"])
 
 
 def _place(
-    text: Text, dumps: Dumps, folder: Path, plan: Plan, draft: Draft, loss: float, seconds: float,
-    together: int,
-) -> Outcome:  # fmt: skip
+    text: Text, dumps: Dumps, folder: Path, plan: Plan, drafted: Drafted, seconds: float, together: int
+) -> Outcome:
     file = folder / f"{uuid4().hex}.zip"
+    try:
+        draft, loss = drafted()
+    except Exception as error:
+        return _failed(text, error)
     try:
         size = pack(draft.store, file)
         dumps.put(file, f"{TEXTS}/{text.place}")

@@ -7,20 +7,8 @@ from typing import Annotated
 
 import typer
 
+from statescope.cli import given
 from statescope.cli.app import app
-from statescope.cli.given import (
-    Backend,
-    Device,
-    Dtype,
-    Integers,
-    Reach,
-    Segment,
-    Tokenizer,
-    TrainLength,
-    Window,
-    plain_errors,
-    watched,
-)
 
 
 @app.command()
@@ -54,21 +42,21 @@ def batch(
         Path | None,
         typer.Option(help="Icechunk repository that takes all that is done as one version, at the end."),
     ] = None,
-    tokenizer: Tokenizer = None,
-    layers: Integers = None,
-    heads: Integers = None,
-    snapshots: Integers = None,
-    probes: Integers = None,
-    reach: Reach = None,
-    window: Window = 1,
-    segment: Segment = None,
-    backend: Backend = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
-    train_length: TrainLength = None,
+    tokenizer: given.Tokenizer = None,
+    layers: given.Integers = None,
+    heads: given.Integers = None,
+    snapshots: given.Integers = None,
+    probes: given.Integers = None,
+    reach: given.Reach = None,
+    window: given.Window = 1,
+    segment: given.Segment = None,
+    backend: given.Backend = "auto",
+    device: given.Device = None,
+    dtype: given.Dtype = None,
+    train_length: given.TrainLength = None,
 ) -> None:
     """Trace many texts with many workers, each into a record of its own; run again to go on."""
-    with plain_errors("stopped; everything finished is kept: run the same command again to go on"):
+    with given.plain_errors("stopped; everything finished is kept: run the same command again to go on"):
         from statescope.batch.command import batch as run
         from statescope.batch.estimate import estimate
         from statescope.batch.settings import Settings
@@ -77,11 +65,11 @@ def batch(
 
         if commit is not None:
             installed()
-        given = watched(layers=layers, heads=heads, snapshots=snapshots, probes=probes)
+        watched = given.watched(layers=layers, heads=heads, snapshots=snapshots, probes=probes)
         settings = Settings(
             model=model,
             tokenizer=tokenizer,
-            **{name: None if span is None else tuple(span) for name, span in given.items()},
+            **{name: None if span is None else tuple(span) for name, span in watched.items()},
             reach=reach,
             window=window,
             segment=segment,

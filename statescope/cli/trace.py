@@ -7,22 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from statescope.cli import given
 from statescope.cli.app import app
 from statescope.cli.describe import describe, describe_batch
-from statescope.cli.given import (
-    Backend,
-    Device,
-    Dtype,
-    Integers,
-    Reach,
-    Segment,
-    Tokenizer,
-    TrainLength,
-    Window,
-    plain_errors,
-    read_text,
-    watched,
-)
 
 
 @app.command()
@@ -34,30 +21,30 @@ def trace(
         typer.Argument(metavar="TEXT_OR_FILE", help="A text, a UTF-8 file, or - for standard input."),
     ] = None,
     newlines: Annotated[int | None, typer.Option(help="Instead of a text: so many line breaks.")] = None,
-    tokenizer: Tokenizer = None,
-    layers: Integers = None,
-    heads: Integers = None,
-    snapshots: Integers = None,
-    probes: Integers = None,
-    reach: Reach = None,
-    window: Window = 1,
-    segment: Segment = None,
-    backend: Backend = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
-    train_length: TrainLength = None,
+    tokenizer: given.Tokenizer = None,
+    layers: given.Integers = None,
+    heads: given.Integers = None,
+    snapshots: given.Integers = None,
+    probes: given.Integers = None,
+    reach: given.Reach = None,
+    window: given.Window = 1,
+    segment: given.Segment = None,
+    backend: given.Backend = "auto",
+    device: given.Device = None,
+    dtype: given.Dtype = None,
+    train_length: given.TrainLength = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a record that is there.")] = False,
 ) -> None:
     """Read a text with a model and record its recurrent states."""
-    with plain_errors():
+    with given.plain_errors():
         if (text is None) == (newlines is None):
             raise ValueError("give either a text or --newlines")
-        content: Any = newlines if text is None else read_text(text)
+        content: Any = newlines if text is None else given.read_text(text)
         import statescope
         from statescope.experiments.newlines import newlines as trace_newlines
 
         reads: Any = statescope.trace if newlines is None else trace_newlines
-        chosen = watched(layers=layers, heads=heads, snapshots=snapshots, probes=probes)
+        chosen = given.watched(layers=layers, heads=heads, snapshots=snapshots, probes=probes)
         if chosen["probes"] is not None:
             chosen["probes"] = statescope.Probes(chosen["probes"], reach)
         reads(
@@ -80,7 +67,7 @@ def trace(
 @app.command()
 def info(store: Annotated[str, typer.Argument(help="A record, or the folder or URL of a batch.")]) -> None:
     """Say what a record holds, or what became of a batch."""
-    with plain_errors():
+    with given.plain_errors():
         from statescope.batch.collection import is_collection
 
         if is_collection(store):

@@ -50,6 +50,7 @@ CASES = (
     Case(65, initial=True, dtype=torch.bfloat16),
     Case(40, batch=2, heads=4, groups=2, initial=True),
     Case(70, batch=2, heads=4, groups=2, initial=True, dtype=torch.bfloat16),
+    Case(128, batch=2, heads=4, groups=2, initial=True, dtype=torch.bfloat16),
     Case(40, heads=3, groups=3, key=5, value=7),
     Case(130, heads=3, groups=3, key=5, value=7, dtype=torch.bfloat16),
     Case(70, key=100, value=48, initial=True, scale=False, dtype=torch.bfloat16),

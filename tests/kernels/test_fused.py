@@ -110,11 +110,11 @@ def test_parts_on_request(outputs: bool, measure: bool) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU takes bulk copies by itself")
-@pytest.mark.parametrize("time", [128, 90])
-def test_bulk_copies(time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("time", "batch"), [(128, 1), (90, 1), (128, 2)])
+def test_bulk_copies(time: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.tools.tensor_descriptor")
     monkeypatch.setattr(fused, "_bulk_copies", lambda _: True)
-    r = draw(dataclasses.replace(SMALL, time=time), DEVICE)
+    r = draw(dataclasses.replace(SMALL, time=time, batch=batch), DEVICE)
     check(r, fused.scan(r, positions=(70,)), (70,))
 
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, Self
@@ -19,9 +20,17 @@ from typing import IO, Any, Self
 MARK = "statescope job: "
 """Begins the line that carries a result; whatever else a job prints is passed over."""
 
+STAGE = "statescope stage: "
+"""Begins the line that says what a job does now."""
+
 
 class Lost(RuntimeError):
     """A job ended without a result; the message says how."""
+
+
+def stage(said: str) -> None:
+    """Say what a job does now: on the standard error, so that a run that is stopped tells where it was."""
+    print(f"{STAGE}{said}", flush=True)
 
 
 class Here:
@@ -56,6 +65,7 @@ class Apart:
         self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._environment |= environment or {}
         self._without = list(without)
+        self._began = time.monotonic()
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[str] | None = None
 
@@ -77,6 +87,9 @@ class Apart:
         for line in process.stdout:
             if line.startswith(MARK):
                 return json.loads(line[len(MARK) :])
+            if line.startswith(STAGE):
+                seconds = time.monotonic() - self._began
+                print(f"{seconds:6.1f} s: {line[len(STAGE) :].rstrip()}", file=sys.stderr, flush=True)
         raise Lost(self._epitaph(process))
 
     def _start(self) -> subprocess.Popen[str]:

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from statescope.batch.places import Dumps
 from statescope.batch.settings import Settings as Reading
 from statescope.batch.settings import Text
 from statescope.batch.work import look, work
-from statescope.experiments.bench.apart import Apart, Lost
+from statescope.experiments.bench.apart import Apart, Lost, stage
 from statescope.experiments.bench.settings import Settings
 from statescope.experiments.bench.subjects import SHAPES, build, vocabulary
 from statescope.experiments.bench.timing import is_gpu
@@ -98,6 +98,7 @@ def draw(model: str, device: str, dtype: str, folder: str, texts: int) -> str:
     """Write the texts, and the weights of a shape; return what to call the model."""
     short, long = LENGTHS["cuda" if is_gpu(device) else "cpu"]
     place = Path(folder)
+    stage(f"draw {model} and {texts} texts of {short:,} to {long:,} tokens")
     if model in SHAPES:
         subject = build(model, device, as_dtype(dtype))
         subject.save_pretrained(place / "model")  # type: ignore[operator]
@@ -117,11 +118,13 @@ def loop(
     model: str, device: str, dtype: str, folder: str, texts: int, window: int, workers: int
 ) -> dict[str, Any]:
     """Trace one text after the other to disk, as a user would, once everything is loaded and built."""
+    stage("loop: load the model and read a few texts")
     live = load(model, device=device, dtype=dtype)
     rows = [row["text"] for row in _read(folder)][:LOOPED]
     how: dict[str, Any] = {"window": window, "progress": False, "backend": _backend(device)}
     for row in _spread(rows):
         trace(live, row, **how)
+    stage(f"loop: read {len(rows)} texts, one after the other")
     used, start = _processor_seconds(), time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as dumps:
         for i, row in enumerate(rows):
@@ -146,12 +149,12 @@ def many(
     """
     how = Reading(model, device=device, dtype=dtype, window=window, backend=_backend(device))
     rows, began = [row["text"] for row in _read(folder)], time.perf_counter()
+    stage(f"{workers} workers: start them")
     with tempfile.TemporaryDirectory(dir=folder) as dumps, workers_of(None, workers) as (client, _):
-        addresses = list(client.scheduler_info(n_workers=-1)["workers"])
-        asked = {"settings": how, "rows": _spread(rows), "pure": False}
-        devices = client.gather([client.submit(warm, workers=[a], **asked) for a in addresses])
+        devices = _warmed(client, how, _spread(rows), lambda said: stage(f"{workers} workers: {said}"))
+        stage(f"{workers} workers: read {texts} texts")
         used, start = _processor_seconds(client), time.perf_counter()
-        found = batch(Path(folder) / "texts.jsonl", dumps, how, scheduler=client)
+        found = batch(Path(folder) / "texts.jsonl", dumps, how, scheduler=client, say=stage)
         seconds, processor = time.perf_counter() - start, _processor_seconds(client) - used
         if found.done != texts:
             raise RuntimeError(f"{found.failed} texts failed, {found.pending} are left: {found.reasons}")
@@ -169,12 +172,30 @@ def many(
     } | _rates(rows, seconds)
 
 
-def warm(settings: Reading, rows: list[list[int]]) -> str:
-    """Let a worker load the model and read a few texts, which builds every kernel; say what it runs on."""
+def _warmed(client: Any, how: Reading, rows: list[list[int]], say: Callable[[str], None]) -> list[str]:
+    """Let every worker load the model and read a few texts, which builds kernels; say what they run on."""
+    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+
+    def everywhere(function: Callable[..., Any], **given: Any) -> list[Any]:
+        asked = [client.submit(function, settings=how, workers=[a], pure=False, **given) for a in addresses]
+        found: list[Any] = client.gather(asked)
+        return found
+
+    say("load the model")
+    everywhere(look)
+    for row in rows:
+        say(f"warm, a text of {len(row):,} tokens")
+        devices = everywhere(warm, row=row)
+    return devices
+
+
+def warm(settings: Reading, row: list[int]) -> str:
+    """Let a worker read a text, alone and together with its like; say what it runs on."""
     facts = look(settings)
     with tempfile.TemporaryDirectory() as folder:
-        texts = [Text(str(i), "", f"{i}.zip", row) for i, row in enumerate(rows)]
-        work(texts, settings, facts, Dumps.at(folder), "warm")
+        for count in (1, 2):
+            texts = [Text(str(i), "", f"{i}.zip", row) for i in range(count)]
+            work(texts, settings, facts, Dumps.at(folder), "warm")
     return f"{facts.device} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}".strip()
 
 

@@ -1,0 +1,106 @@
+"""The parts of a batch by themselves: pieces of work, manifest, memory, estimate and benchmark."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from batches import MODEL, SETTINGS, outcomes, texts, write
+from conftest import needs
+
+from statescope.batch.engine import Waiting, pieces
+from statescope.batch.estimate import estimate
+from statescope.batch.held import Held, of_this_process
+from statescope.batch.inputs import Row
+from statescope.batch.manifest import Manifest, place_of
+from statescope.batch.places import Dumps, without_secrets
+from statescope.batch.settings import Facts, Text
+from statescope.batch.work import work
+from statescope.experiments.bench.settings import Settings as BenchSettings
+
+needs("distributed")
+
+
+def test_idle_memory_is_handed_back() -> None:
+    """When it has grown by a third over what was left the last time, and not at every text."""
+    sizes, calls = iter([500, 480, 500, 600, 650, 490, 600, 640, 640, 700, 840, 800]), list[int]()
+    held = Held(lambda: next(sizes), lambda: calls.append(1))
+    found = [(held.now(), len(calls)) for _ in range(8)]
+    assert found == [(480, 1), (500, 1), (600, 1), (490, 2), (600, 2), (640, 3), (700, 3), (800, 4)]
+    assert of_this_process().now() > 2**20
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    """The estimate of bytes is close to what a run writes; nothing is there afterwards."""
+    rows = [*texts([600, 500, 100, 90, 80]), {"id": "bad", "text": ""}]
+    source, dumps = write(tmp_path / "in.jsonl", rows), tmp_path / "dumps"
+    found = estimate(source, dumps, SETTINGS, workers=2)
+    assert (found.texts, found.known, len(found.unreadable)) == (5, 0, 1) and not dumps.exists()
+    written = sum(o.bytes or 0 for o in outcomes(rows[:5], dumps))
+    assert 0.7 * written < found.bytes < 1.4 * written
+    assert found.tokens == pytest.approx(1370, rel=0.2) and found.seconds > 0
+
+
+def test_bench(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are timed once they are warm, and held against a loop over the same texts."""
+    from statescope.experiments.bench import apart
+    from statescope.experiments.bench import batch as timed
+
+    monkeypatch.setattr(timed, "Apart", apart.Here)
+    monkeypatch.setattr(timed, "LENGTHS", {"cpu": (20, 60)})
+    monkeypatch.setattr(timed, "_numbers", lambda: [1])
+    monkeypatch.setattr(timed, "workers_of", lambda *_: nullcontext((client, False)))
+    one, loop = timed.measure(BenchSettings.of(False, ("batch",), model=MODEL, texts=5))
+    assert (one["workers"], len(one["devices"]), loop["workers"], loop["texts_read"]) == (1, 1, 0, 5)
+    assert loop["workers_over_loop"] == {"1": one["tokens_per_s"] / loop["tokens_per_s"]}
+    for entry in (one, loop):
+        assert entry["texts_per_s"] * entry["seconds"] == pytest.approx(5)
+        assert 100 < entry["tokens_per_s"] * entry["seconds"] < 300
+    said = [line for entry in (one, loop) for line in timed.describe(entry)]
+    assert "1 workers: " in said[0] and "5 in a loop over trace" in said[1]
+
+
+@pytest.mark.parametrize(("workers", "passes"), [(1, 8), (10, 4), (100, 1)])
+def test_pieces_are_of_similar_sizes(workers: int, passes: int) -> None:
+    """The fewer the workers, the more forward passes (8,192 bytes) a piece has, up to eight; one at last."""
+    sizes = np.random.default_rng(0).integers(1, 5000, 300)
+    found = list(pieces([Waiting(str(i), "", "", int(n)) for i, n in enumerate(sizes)], 8192, workers))
+    assert sorted(w.id for p in found for w in p) == sorted(str(i) for i in range(300))
+    held = [sum(w.size for w in p) for p in found]
+    assert all(n <= passes * 8192 or len(p) == 1 for n, p in zip(held, found, strict=True))
+    assert max(held) > 0.8 * passes * 8192 and max(held[-2 * workers :]) <= 8192
+    edges = [(p[0].size, p[-1].size) for p in found]
+    assert all(a[1] >= b[0] for a, b in pairwise(edges))
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    asked = [Text("a", "0", place_of("a"), "text")]
+    with pytest.raises(ValueError, match="other weights on this worker"):
+        work(asked, SETTINGS, Facts(2048, "others", "cpu"), Dumps.at(tmp_path), "test")
+
+
+def test_manifest_is_all_or_nothing(tmp_path: Path) -> None:
+    def rows() -> Iterator[tuple[Row, str | None]]:
+        yield Row(0, "a", "text"), "hash"
+        raise KeyboardInterrupt
+
+    with Manifest(tmp_path / "m.sqlite") as manifest:
+        with pytest.raises(KeyboardInterrupt):
+            manifest.register(rows())
+        assert not list(manifest.texts())
+    (tmp_path / "m.sqlite").write_text("no database, but long enough to look like one" * 9)
+    with pytest.raises(ValueError, match="no manifest"):
+        Manifest(tmp_path / "m.sqlite")
+    assert sqlite3.sqlite_version_info > (3, 24)
+
+
+def test_secrets_are_blotted_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abcSECRETdef")
+    said = without_secrets("no abcSECRETdef at https://user:pass@host/x")
+    assert said == "no *** at https://***@host/x"
