@@ -42,6 +42,9 @@ def bench(
     stream: Annotated[
         str | None, typer.Option(help="Tokens of the texts traced to disk. Default: by device.")
     ] = None,
+    families: Annotated[
+        int | None, typer.Option(help="Tokens read by a small model of every family. Default: by device.")
+    ] = None,
     texts: Annotated[int | None, typer.Option(help="Texts of the batch. Default: by device.")] = None,
     scratch: Annotated[
         Path | None, typer.Option(help="Folder on the disk to write records to, and remove again.")
@@ -69,6 +72,7 @@ def bench(
             model=model,
             forward=forward,
             stream=tuple(integers("stream", stream) or ()),
+            families=families,
             texts=texts,
             scratch=scratch,
         )

@@ -70,6 +70,7 @@ class Settings:
         model: str = "",
         forward: int = 0,
         stream: tuple[int, ...] = (),
+        families: int | None = None,
         texts: int | None = None,
         scratch: Path | None = None,
     ) -> Settings:
@@ -89,7 +90,7 @@ class Settings:
                 if name not in known:
                     raise ValueError(f"{argument} names {name!r}; choose from {', '.join(known)}")
         numbers = {"lengths": lengths, "rounds": (rounds,), "forward": (forward,), "stream": stream}
-        numbers["texts"] = (texts,)
+        numbers |= {"families": (families,), "texts": (texts,)}
         for argument, values in numbers.items():
             if any(n is not None and (n < 0 or (n == 0 and argument != "forward")) for n in values):
                 raise ValueError(f"{argument} holds {values}; expected numbers of 1 or more")
@@ -101,7 +102,7 @@ class Settings:
             model=model or ("370M" if gpu else "mamba2-byte-n64-t512"),
             forward=forward or (65536 if gpu else 8192),
             stream=stream or ((262144, 1048576) if gpu else (16384, 65536)),
-            families=16384 if gpu else 1024,
+            families=families or (16384 if gpu else 1024),
             windows=(64, 1) if gpu else (64,),
             accuracy=(1, 63, 64, 65, 1000, *((10_000, 100_000) if gpu else ())),
             tails=(131_072, 1_048_576) if gpu else (16_384,),
@@ -132,6 +133,7 @@ class Settings:
             "model": self.model,
             "forward": self.forward,
             "stream": ",".join(map(str, self.stream)),
+            **({"families": self.families} if "families" in self.parts else {}),
             **({"texts": self.texts} if "batch" in self.parts else {}),
         }
         return "statescope bench " + " ".join(f"--{name} {value}" for name, value in given.items())

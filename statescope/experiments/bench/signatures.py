@@ -32,8 +32,8 @@ PEERS = (PLAIN, "fla", "mamba_ssm")
 VERIFIED = 300
 """Tokens held against float64 before anything is timed."""
 
-TUNED = 65536
-"""Tokens on which the peer chooses its configuration, which it keeps for every length."""
+LONGEST = 65536
+"""Most tokens that are timed. On as many a peer chooses its configuration, which it keeps."""
 
 SLOW = 16384
 """Longest text for which the scans in torch are timed on a GPU beside the fused ones."""
@@ -72,7 +72,7 @@ def measure(name: str, settings: Settings, work: Apart | Here) -> Iterator[dict[
     if "refused" in verified:
         yield about | verified
         return
-    for tokens in sorted({min(n, s.longest) for n in settings.lengths}):
+    for tokens in sorted({min(n, LONGEST) for n in settings.lengths}):
         try:
             entry = {"rows": work.call(f"{__name__}.timed", tokens=tokens, rounds=settings.rounds, **where)}
         except Lost as lost:
@@ -91,7 +91,7 @@ def verified(name: str, device: str, dtype: str) -> dict[str, Any]:
     """
     if is_gpu(device):  # the peer tunes itself on its first call, and keeps what it finds
         with contextlib.suppress(ImportError, RuntimeError):
-            peer_scan(name, draw(name, min(TUNED, SIGNATURES[name].longest), device, as_dtype(dtype)))()
+            peer_scan(name, draw(name, LONGEST, device, as_dtype(dtype)))()
     call = draw(name, VERIFIED, device, as_dtype(dtype))
     r = as_recurrence(name, call)
     want = reference.scan(r)

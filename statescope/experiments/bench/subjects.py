@@ -42,12 +42,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Signature:
-    """A layer of a public model with another scan, and how many tokens of it are timed at most."""
+    """A layer of a public model with another scan."""
 
     heads: int
     key: int
     value: int
-    longest: int = 65536
 
 
 SIGNATURES = {
@@ -57,7 +56,7 @@ SIGNATURES = {
     "HGRN-2": Signature(16, 128, 128),  # HGRN-2 1.3B
     "RetNet": Signature(8, 256, 512),  # RetNet 1.3B
     "RWKV-7": Signature(32, 64, 64),  # RWKV-7 1.5B
-    "Mamba-1": Signature(24, 16, 64, longest=8192),  # 130M, channels in groups of 64; decays fill the memory
+    "Mamba-1": Signature(24, 16, 64),  # 130M, channels in groups of 64
 }
 
 
