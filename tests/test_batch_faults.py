@@ -156,7 +156,7 @@ def serve(port: int) -> None:
     from distributed import Scheduler
 
     async def run() -> None:
-        async with Scheduler(host="127.0.0.1", port=port, dashboard_address=None) as scheduler:
+        async with Scheduler(host="127.0.0.1", port=port, dashboard_address=":0") as scheduler:
             await scheduler.finished()
 
     asyncio.run(run())
@@ -421,7 +421,7 @@ def test_object_store(s3: S3, tmp_path: Path) -> None:
 
     rows = texts([200] * 7)
     source, said = write(tmp_path / "in.jsonl", rows), []
-    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
 
     def run() -> Summary:
         return batch(source, "s3://bucket/run", SMALL, scheduler=client, say=said.append)
