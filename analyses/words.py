@@ -73,17 +73,18 @@ def _thresholds(found: dict[str, Any], points: xr.Dataset) -> str:
 
 
 def _by_loss(found: dict[str, Any], points: xr.Dataset) -> str:
-    share, sizes = _numbers(points["fraction"]), points[found["size"]].values
-    forget, runs = np.nansum(share * _numbers(points["runs"])), _numbers(points["runs"]).sum()
+    runs, sizes = _numbers(points["runs"]), points[found["size"]].values
+    forget = np.nansum(_numbers(points["fraction"]) * runs)
     known, each = _known(found, points)
     lead = (
-        f"By the paper's criterion (loss nowhere beyond above twice the largest inside), {forget:.0f} of"
-        f" {runs:.0f} forget"
+        f"By the paper's criterion (the loss is nowhere beyond above twice the largest inside),"
+        f" {forget:.0f} of {runs.sum():.0f} forget"
     )
     if not known:
-        return f"{lead}; from which length on is known for no state size."
+        return f"{lead}; from which training length on half of them do is known for no state size."
     trend = _trend("threshold", sizes, _numbers(points["threshold"]), found["forget_by_loss"])
-    return f"{lead}, half or more of them from {known} known training lengths on ({each}).{trend}"
+    from_on = f"half of them from a training length on that is known for {known} of {len(sizes)} state sizes"
+    return f"{lead}; {from_on} ({each}).{trend}"
 
 
 def _growth(found: dict[str, Any], points: xr.Dataset) -> str:
@@ -91,10 +92,15 @@ def _growth(found: dict[str, Any], points: xr.Dataset) -> str:
     known, each = _known(found, points)
     level = points.attrs.get("level", 2)
     lead = f"The loss far beyond the training length over that at its end falls to {level:g}"
+    measured = np.isfinite(_numbers(points["growth"])).any(-1)
+    open_ended = {"below": (middle == 0).sum(), "above": (measured & ~np.isfinite(middle)).sum()}
+    at = [f"for {n} it is {side} that at all lengths tried" for side, n in open_ended.items() if n]
+    rest = f"; {', '.join(at)}" if at else ""
     if not known:
-        return f"{lead} inside the training lengths tried for no state size."
+        return f"{lead} inside the training lengths tried for no state size{rest}."
     law = _trend("length", sizes, middle, found["growth"])
-    return f"{lead} at a training length that is known for {known} of {len(sizes)} state sizes ({each}).{law}"
+    where = f"at a training length that is known for {known} of {len(sizes)} state sizes"
+    return f"{lead} {where} ({each}){rest}.{law}"
 
 
 def _known(found: dict[str, Any], points: xr.Dataset) -> tuple[int, str]:
