@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from statescope.analyses.findings import budgets, findings
+from statescope.analyses.findings import findings
 from statescope.analyses.growth import crossings, falling, loss_growth, paired, trend
 from statescope.analyses.laws import LAWS, fit_laws
 from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
 from statescope.analyses.predictors import predictors, rank_correlation
-from statescope.analyses.runs import FORMAT, read_lines, read_runs, tabulate
+from statescope.analyses.runs import FORMAT, read_runs, tabulate
 from statescope.analyses.thresholds import (
     answers_passkeys,
     best_recall,
@@ -280,129 +280,6 @@ def test_more_training_is_compared_run_by_run() -> None:
 
 
 KEYS = ("state_size", "train_length", "seed")
-
-
-MADE = {"device", "torch", "date", "command", "statescope"}
-"""What every row of a table in the repository says of how it was made."""
-
-
-RESULTS = Path(__file__).parents[2] / "notebooks" / "results"
-
-
-def table_of(name: str) -> xr.Dataset:
-    return read_runs(RESULTS / f"{name}.jsonl.xz")
-
-
-@pytest.mark.parametrize(
-    ("name", "runs", "grid"),
-    [
-        ("h200-lab-recall", 216, (6, 6, 3, 2)),
-        ("h200-lab-again", 54, (3, 6, 3, 1)),
-        ("h200-lab-passkeys", 40, (5, 4, 2, 1)),
-        ("cpu-lab-mechanism", 54, (1, 3, 2, 1)),
-    ],
-)
-def test_the_grids_that_were_run(name: str, runs: int, grid: tuple[int, ...]) -> None:
-    """The tables in the repository: whole, and every row says how it was made."""
-    rows, _ = read_lines(RESULTS / f"{name}.jsonl.xz")
-    assert len(rows) == runs and all(set(r["made"]) >= MADE for r in rows)
-    assert all(f"--states {r['config']['state_size']}" in r["made"]["command"] for r in rows)
-    table = tabulate(rows)
-    names = ("state_size", "train_length", "seed", "steps")
-    assert tuple(len(np.unique(table[n])) for n in names) == grid
-    cells = set(zip(*(table[n].values.tolist() for n in names), strict=True))
-    assert len(cells) == np.prod(grid) and table["inside_retention"].notnull().all()
-
-
-@pytest.mark.parametrize("name", ["h200-lab-recall", "h200-lab-again", "h200-lab-passkeys"])
-def test_the_findings_are_the_tables(name: str) -> None:
-    said = json.loads((RESULTS / f"{name}.json").read_text())
-    kinds = list(budgets(table_of(name)))
-    assert [found["steps"] for found in said] == [kind["steps"] for kind, _ in kinds]
-    for found, (_, runs) in zip(said, kinds, strict=True):
-        assert found["runs"] == runs.sizes["run"]
-        growth = loss_growth(runs)
-        again = {
-            "growth": crossings(growth, "entries"),
-            "forget": thresholds(learned_to_forget(runs), "entries"),
-            "forget_by_loss": thresholds(learned_to_forget(runs, criterion="loss"), "entries"),
-        }
-        for part, points in again.items():
-            stored = xr.Dataset.from_dict(found[part]["points"])
-            for value in ("growth", "fraction", "threshold"):
-                if value in points:
-                    expected = points[value].where(np.isfinite(points[value]))
-                    np.testing.assert_allclose(stored[value].astype(float), expected, rtol=1e-3)
-        assert found["trends"]["growth"] == pytest.approx(trend(growth, "entries"), rel=1e-3)
-
-
-def short(value: float) -> str:
-    return f"{value:.2f}".replace("0.", ".", 1)
-
-
-def test_what_the_readme_says_of_the_lab() -> None:
-    """Every number of its paragraphs is that of the findings."""
-    readme = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
-    few, many = json.loads((RESULTS / "h200-lab-recall.json").read_text())
-    (again,) = json.loads((RESULTS / "h200-lab-again.json").read_text())
-    (asked,) = json.loads((RESULTS / "h200-lab-passkeys.json").read_text())
-
-    def at(found: dict[str, Any]) -> list[str]:
-        points = xr.Dataset.from_dict(found["growth"]["points"])["threshold"].values.astype(float)
-        return [f"{x:.0f}" for x in points if np.isfinite(x) and x > 0]
-
-    def power(found: dict[str, Any]) -> list[str]:
-        of = xr.Dataset.from_dict(found["growth"]["laws"]).sel(law="power", parameter="b")
-        return [short(float(of[name])) for name in ("value", "low", "high")]
-
-    def trends(found: dict[str, Any], against: str, name: str) -> tuple[str, str]:
-        return short(found[against][name]["correlation"]), short(found[against][name]["p"])
-
-    def predictor(found: dict[str, Any], outcome: str, alike: str, name: str) -> str:
-        table = xr.Dataset.from_dict(found["predictors"][outcome][alike])
-        return short(float(table["correlation"].sel(predictor=name)))
-
-    laws = xr.Dataset.from_dict(many["growth"]["laws"])
-    r2 = {n: short(float(laws["r2"].sel(law=n))) for n in ("linear", "power")}
-    off = {n: f"{np.exp(float(laws['error'].sel(law=n))):.2f}" for n in ("linear", "power")}
-    largest = xr.Dataset.from_dict(many["growth"]["points"])["growth"].values[-1].astype(float)
-    more, kept = many["more_training"]["growth"], many["more_training"]["retention"]
-    p_more = f"{more['p']:.3f}".lstrip("0")
-    far, far_p = trends(many, "trends_with_length", "loss_far")
-    low, *_, high = sorted(map(float, at(few)))
-    mine = "the same training length"
-    cell = xr.Dataset.from_dict(many["predictors"]["growth"][f"{mine} and state"])
-    (value, least, most), (flat, flat_low, flat_high) = power(many), power(few)
-    for said in (
-        f"[{few['runs'] + many['runs']} runs](notebooks/results/h200-lab-recall.json)",
-        "{}, {}, {}, {} and {} tokens for N = 8 to 128 and not reached for 256".format(*at(many)),
-        f"({largest[-2]:.2f} at 512, {largest[-1]:.2f} at 1,024)",
-        f"as its {value}th power ({least} to {most}), R2 {r2['power']}, off by a factor {off['power']} at a",
-        f"(linear: R2 {r2['linear']}, {off['linear']}).",
-        f"[{again['runs']} runs](notebooks/results/h200-lab-again.json)",
-        "give {}, {} and {} for N = 8, 64, 256".format(*at(again)),
-        f"{low:.0f} to {high:.0f} or less at any N: exponent {flat} ({flat_low} to {flat_high})",
-        f"grows {more['ratio']:.2f} times as much, more in {more['rises']:.0f} of {more['pairs']:.0f}",
-        f"(p = {p_more}), and retention is {kept['ratio']:.2f} times as large",
-        f"(rank correlation {trends(many, 'trends', 'recall_falls')[0]} at the same length)",
-        f"({far}, p = {far_p}); the loss at their end rises",
-        f"rises ({trends(many, 'trends_with_length', 'loss_at_the_end')[0]})",
-        f"[{asked['runs']} runs](notebooks/results/h200-lab-passkeys.json)",
-        f"{len(asked['passkeys']['not_learned'])} never learned to answer",
-        f"the training length ({trends(asked, 'trends_with_length', 'length_recalled')[0]}, p = .001)",
-        "not N ({}, p = {})".format(*trends(asked, "trends", "length_recalled")),
-        "do not fail earlier ({}, p = {})".format(*trends(asked, "trends", "passkeys_beyond")),
-        f"will grow ({predictor(many, 'growth', 'all runs', 'retention (max)')})",
-        f"({predictor(many, 'growth', mine, 'half_life (max)')}; N ",
-        f"; N {predictor(many, 'growth', mine, 'state_numbers')})",
-        f"({predictor(many, 'growth', f'{mine} and state', 'half_life (max)')}, p = ",
-        f"p = {float(cell['p'].sel(predictor='half_life (max)')):.3f}".replace("0.", ".")
-        + f" as the strongest of {cell.sizes['predictor']})",
-        f"(recall stream, {predictor(many, 'recall', 'all runs', 'state_numbers')})",
-        f"(passkeys, {predictor(asked, 'recall', 'all runs', 'train_length')})",
-    ):
-        assert said in readme, said
-    assert asked["trends_with_length"]["length_recalled"]["p"] == pytest.approx(0.001, rel=0.01)
 
 
 def test_figures_show_all_of_it(table: xr.Dataset) -> None:
