@@ -174,6 +174,8 @@ def _known(found: xr.Dataset, name: str) -> xr.Dataset:
 def _draw_points(
     ax: Axes, known: xr.Dataset, name: str, bounds: tuple[float, float], label: str, **how: Any
 ) -> None:
+    if not known.sizes["entries"]:
+        return
     y = known[name].values
     low, high = np.clip(known["low"].values, bounds[0], y), np.clip(known["high"].values, y, bounds[1])
     style: dict[str, Any] = {
@@ -191,8 +193,7 @@ def _draw_beside(ax: Axes, found: xr.Dataset, name: str, of_paper: str, label: s
     known = _known(found, name)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    if known.sizes["entries"]:
-        _draw_points(ax, known, name, (1, np.inf), label)
+    _draw_points(ax, known, name, (1, np.inf), label)
     _draw_paper(ax, of_paper)
 
 

@@ -183,6 +183,20 @@ def test_laws_are_found_again(law: str, truth: tuple[float, ...]) -> None:
     assert float(found["error"].sel(law=law)) < 0.01
 
 
+def test_a_law_that_misses_its_points_is_not_known_better_than_it_fits() -> None:
+    """Exact lengths that scatter about a power law: its exponent is as uncertain as least squares says."""
+    rng = np.random.default_rng(0)
+    size, slopes = np.geomspace(1, 32, 6), []
+    for _ in range(12):
+        length = size**0.5 * np.exp(rng.normal(0, 0.3, 6))
+        found = fit_laws(size, length, length, length).sel(law="power", parameter="b")
+        slopes.append([float(found[n]) for n in ("low", "value", "high")])
+    low, value, high = np.array(slopes).T
+    assert (low < value).all() and (value < high).all()
+    assert ((low < 0.5) & (high > 0.5)).mean() > 0.8  # 95 % asked for, of six points
+    assert np.median(high - low) == pytest.approx(4 * value.std(), rel=0.4)
+
+
 def test_clamped_predictions_are_counted() -> None:
     found = fit_laws([1, 2, 3, 10], [1, 40, 80, 400])
     assert float(found["clamped"].sel(law="linear")) >= 1
@@ -300,6 +314,8 @@ def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     twice = table.assign_coords(steps=("run", np.where(table["seed"] == 0, 5, 10)))
     labels = growth_figure(twice, far=256).axes[1].get_legend_handles_labels()[1]
     assert labels[-2:] == ["10 steps", "5 steps"]
+    above = tabulate([grown(n, t, s, 5.0) for n in (4, 8) for t in (64, 128) for s in range(2)])
+    assert growth_figure(above, far=256).axes[1].get_legend_handles_labels()[1] == ["above all"]
     panels = passkey_length_figure(table).axes
     assert panels[-1].get_title() == "longest prompt recalled" and panels[0].get_title() == "N = 4"
     none = table["passkeys"].where(table["state_size"] != 4, table["passkeys"] * 0)
