@@ -66,7 +66,7 @@ def findings(
         ``recall``; ``recall_falls``, the fall of recent recall by state and training length (over seeds);
         each value a dataset as :meth:`xarray.Dataset.to_dict` gives it. ``trends`` with the state size, at
         the same training length; ``trends_with_length``, with the training length, at the same state size.
-        ``more_training``: growth and retention beside those of the same runs with the next smaller budget.
+        ``more_training``: growth, its losses and retention, beside the same runs at the next smaller budget.
         ``passkeys``: how many runs were asked, and which have not learned to answer and are left out.
         ``predictors`` of ``growth`` and ``recall``, among all runs and among those alike in :data:`ALIKE`.
     """
@@ -118,9 +118,12 @@ def _learned(runs: xr.Dataset) -> dict[str, Any]:
 
 
 def _more_training(steps: int, before: xr.Dataset, after: xr.Dataset, far: int) -> dict[str, Any]:
-    """Compare runs with the same ones of fewer steps, in growth and in retention of the longest head."""
+    """Compare runs with the same ones of fewer steps: growth, its losses, retention of the longest head."""
     found: dict[str, Any] = {"than": steps}
     found["growth"] = _json(paired(loss_growth(before, far), loss_growth(after, far)))
+    losses = [end_and_far_losses(runs, far) for runs in (before, after)]
+    for part, name in (("end", "loss_at_the_end"), ("far", "loss_far")):
+        found[name] = _json(paired(losses[0][part], losses[1][part]))
     if "inside_retention" in before:
         old, new = (runs["inside_retention"].max(("layer", "head")) for runs in (before, after))
         found["retention"] = _json(paired(old, new))

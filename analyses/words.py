@@ -112,13 +112,12 @@ def _known(found: dict[str, Any], points: xr.Dataset) -> tuple[int, str]:
 
 
 def _more_training(found: dict[str, Any]) -> str:
-    each = []
-    for name in [n for n in ("growth", "retention") if n in found and found[n]["p"] is not None]:
-        of = found[name]
-        each.append(
-            f"{name} is {of['ratio']:.2f} times as large ({of['low']:.2f} to {of['high']:.2f}), larger in"
-            f" {of['rises']:.0f} of {of['pairs']:.0f} (p = {of['p']:.2g})"
-        )
+    compared = {name: of for name, of in found.items() if name != "than" and of["p"] is not None}
+    each = [
+        f"{name.replace('_', ' ')} is {of['ratio']:.2f} times as large ({of['low']:.2f} to {of['high']:.2f}),"
+        f" larger in {of['rises']:.0f} of {of['pairs']:.0f} (p = {of['p']:.2g})"
+        for name, of in compared.items()
+    ]
     what = "; ".join(each) or "nothing can be compared"
     return f"Beside the same runs after {found['than']:,} steps (same state, length and seed): {what}."
 

@@ -152,20 +152,24 @@ def test_a_longer_threshold_of_the_largest_state_would_leave_it_linear() -> None
 
 
 def test_the_readme_on_more_training_and_on_recall() -> None:
-    more, kept = (MANY["more_training"][name] for name in ("growth", "retention"))
+    names = ("growth", "retention", "loss_far", "loss_at_the_end")
+    more, kept, far, end = (MANY["more_training"][name] for name in names)
     forget = [
         round(float((p["fraction"] * p["runs"]).sum()))
         for p in (points_of(found, "forget_by_loss") for found in (MANY, FEW))
     ]
     falls, ends = MANY["trends"]["recall_falls"], MANY["trends_with_length"]
     says(
-        f"growth is {more['ratio']:.2f} times as large, larger in {more['rises']:.0f} of {more['pairs']:.0f}",
-        f"(p = {short(more['p'], 3)}), retention {kept['ratio']:.2f} times",
+        f"far beyond is {short(far['ratio'])} times as large, lower in {108 - far['rises']:.0f} of 108, but",
+        f"that at the end of the training length {short(end['ratio'])} times",
+        f"growth is {more['ratio']:.2f} times as large, larger in {more['rises']:.0f}",
+        f"(p = {short(more['p'], 3)}), and the head that keeps longest retains {kept['ratio']:.2f} times as much",
         f"{forget[0]} of {MANY['runs']} forget; {forget[1]} did",
         f"(rank correlation {short(falls['correlation'])} at the same length)",
         f"[loss far beyond](notebooks/figures/lab-loss.png) {both(ends['loss_far'])};",
         f"it raises the loss at its end ({short(ends['loss_at_the_end']['correlation'])})",
     )
+    assert far["pairs"] == end["pairs"] == 108 and far["p"] == more["p"] == kept["p"]
     assert power(MANY, "forget")[2].startswith("-")  # by recall the threshold falls with N
 
 

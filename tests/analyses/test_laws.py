@@ -287,6 +287,8 @@ def test_more_training_is_compared_run_by_run() -> None:
     of = second["more_training"]["growth"]
     assert of["ratio"] == of["low"] == of["high"] == pytest.approx(2)
     assert of["pairs"] == of["rises"] == 12 and of["p"] < 0.01
+    assert second["more_training"]["loss_far"]["ratio"] == pytest.approx(2)
+    assert second["more_training"]["loss_at_the_end"]["ratio"] == pytest.approx(1)
     before, after = (xr.DataArray([1.0, 2.0, 4.0], {n: ("run", [0, 1, 2]) for n in KEYS}, ("run",)),) * 2
     assert paired(before, after)["p"] == 1 and paired(before, after)["ratio"] == 1
     alone = after.assign_coords(seed=("run", [7, 8, 9]))
