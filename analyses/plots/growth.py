@@ -48,7 +48,7 @@ def growth_figure(table: xr.Dataset, far: int = FAR, level: float = LOSS_FACTOR)
         for ax in axes[0, 1:]:
             ax.set_xlabel("numbers in the state")
         right.set(title="beside the paper's law", ylabel="training length (tokens)")
-        for ax in axes[0]:
+        for ax in [ax for ax in axes[0] if ax.get_legend_handles_labels()[0]]:
             ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
     return figure
 
