@@ -132,8 +132,8 @@ def test_the_readme_on_the_threshold() -> None:
         ),
         f"not reached for 256 ({largest[-2]:.2f} at 512, {largest[-1]:.2f} at 1,024)",
         f"as the {value}th power of the state ({low} to {high}; R2 {short(grown['r2'])};",
-        f"off by a factor {grown['off']:.2f} at a size left out), not linearly",
-        f"(R2 {short(linear['r2'])}; {linear['off']:.2f})",
+        f"off by a factor {grown['off']:.2f} at a size left out)",
+        f"A line with an intercept fits a little less well (R2 {short(linear['r2'])}; {linear['off']:.2f})",
         f"[{AGAIN['runs']} runs](notebooks/results/h200-lab-again.json)",
         "{:.0f}, {:.0f} and {:.0f} for N = 8, 64, 256".format(*known(AGAIN)),
         f"it is {min(known(FEW)):.0f} to {max(known(FEW)):.0f}, or less, at any N",
@@ -148,7 +148,7 @@ def test_a_longer_threshold_of_the_largest_state_would_leave_it_linear() -> None
     ends = [points[n].fillna(end).values for n, end in (("threshold", 2048), ("low", 1024), ("high", 4096))]
     further = fit_laws(points["entries"].values, *ends)
     assert further.attrs["best"] == "linear" and further["high"].sel(law="power", parameter="b") > 1
-    says("were that of 256 at 2,048, linear would be as good")
+    says("but were the threshold of 256 at 2,048, it would be as good")
 
 
 def test_the_readme_on_more_training_and_on_recall() -> None:
