@@ -49,6 +49,13 @@ def loss_growth(table: xr.Dataset, far: int = FAR, recent: int = RECENT) -> xr.D
     -----
     After the criterion of *Stuffed Mamba* (arXiv 2410.07145), section 4, which compares the largest losses.
     """
+    ends = end_and_far_losses(table, far, recent)
+    growth: xr.DataArray = ends["far"] / ends["end"].where(ends["end"] > 0)
+    return growth.rename("growth").assign_attrs(long_name="loss far beyond over loss at the end", units="1")
+
+
+def end_and_far_losses(table: xr.Dataset, far: int = FAR, recent: int = RECENT) -> xr.Dataset:
+    """What :func:`loss_growth` compares: loss of recent pairs at the ``end`` and ``far``, (run), in nat."""
     counted = table[["asked", "loss"]].isel(lag=(table["lag"] < recent).values)
     length, position = table["train_length"], table["position"]
     is_end = (position >= length / 2) & (position < length)
@@ -59,12 +66,11 @@ def loss_growth(table: xr.Dataset, far: int = FAR, recent: int = RECENT) -> xr.D
         raise ValueError(f"far={far}, but the last bin of positions begins at {int(position[-1])}; name less")
     end, beyond = (part.isel(lag=asked.values) for part in (end, beyond))
     weight = beyond["asked"] / beyond["asked"].sum("lag")
-    losses = [
-        (weight * p["loss"] / p["asked"].where(p["asked"] > 0)).sum("lag", skipna=False)
-        for p in (beyond, end)
-    ]
-    growth: xr.DataArray = losses[0] / losses[1].where(losses[1] > 0)
-    return growth.rename("growth").assign_attrs(long_name="loss far beyond over loss at the end", units="1")
+    losses = {
+        name: (weight * p["loss"] / p["asked"].where(p["asked"] > 0)).sum("lag", skipna=False)
+        for name, p in (("end", end), ("far", beyond))
+    }
+    return xr.Dataset(losses)
 
 
 def crossings(
@@ -172,3 +178,39 @@ def trend(outcome: xr.DataArray, size: str = "state_size", within: str = "train_
     many = np.array([mean([(rng.permutation(x), y) for x, y in pairs]) for _ in range(DRAWS)])
     reached = int((np.abs(many) >= abs(seen) - 1e-12).sum())
     return {"correlation": seen, "p": (reached + 1) / (DRAWS + 1), "runs": float(total)}
+
+
+def paired(before: xr.DataArray, after: xr.DataArray, confidence: float = 0.95) -> dict[str, float]:
+    """Compare an outcome of runs with that of the same runs trained otherwise, such as for more steps.
+
+    Parameters
+    ----------
+    before, after : DataArray, (run)
+        One positive number a run; runs are the same that agree in state size, training length and seed.
+    confidence : float
+        Of the bootstrap over pairs.
+
+    Returns
+    -------
+    dict
+        ``ratio``, the geometric mean of after over before, with ``low`` and ``high``; ``pairs`` and in how
+        many of them it ``rises``; ``p``, the two-sided share of random signs of the logarithms that reach
+        their mean (NaN without pairs).
+    """
+    names = ("state_size", "train_length", "seed")
+    old, new = (
+        dict(zip(zip(*(of[n].values.tolist() for n in names), strict=True), of.values.tolist(), strict=True))
+        for of in (before, after)
+    )
+    both = np.array([[old[key], new[key]] for key in old if key in new]).reshape(-1, 2)
+    both = both[np.isfinite(both).all(1)]
+    logs = np.log(both[:, 1] / both[:, 0])
+    if not len(logs):
+        return dict.fromkeys(("ratio", "low", "high", "p"), np.nan) | {"pairs": 0.0, "rises": 0.0}
+    rng, tail = np.random.default_rng(0), (1 - confidence) / 2
+    means = rng.choice(logs, (DRAWS, len(logs))).mean(1)
+    signed = (rng.choice([-1.0, 1.0], (DRAWS, len(logs))) * logs).mean(1)
+    reached = int((np.abs(signed) >= abs(logs.mean()) - 1e-12).sum())
+    ratio, low, high = np.exp([logs.mean(), *np.quantile(means, (tail, 1 - tail))]).tolist()
+    found = {"ratio": ratio, "low": low, "high": high, "p": (reached + 1) / (DRAWS + 1)}
+    return found | {"pairs": float(len(logs)), "rises": float((logs > 0).sum())}

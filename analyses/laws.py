@@ -83,7 +83,9 @@ def fit_laws(
     size, length : array, (point,)
         State sizes, and lengths in tokens (or any unit), positive.
     low, high : array, (point,), optional
-        Interval of every length: parameters get intervals from fits to lengths drawn log-uniformly from it.
+        Interval of every length: parameters get intervals from fits to lengths drawn from it, half of them
+        below the length and half above, log-uniformly; or from fits to the law's own predictions times its
+        resampled errors, if that is wider: a law that misses its points is not known better than they are.
 
     Returns
     -------
@@ -114,10 +116,29 @@ def fit_laws(
         residual = ((law.predict(p, x) - y) ** 2).sum()
         scores[:, i] = 1 - residual / spread if spread else np.nan, *_held_out(law, x, y)
         if low is not None and high is not None:
-            drawn = np.exp(rng.uniform(np.log(ends[0]), np.log(ends[1]), (DRAWS, len(x))))
-            fits = np.array([law.fit(x, sample) for sample in drawn])
-            bounds[:, i, : law.parameters] = np.quantile(fits, (0.025, 0.975), axis=0)
+            bounds[:, i, : law.parameters] = _bounds(law, x, rng, _draw(rng, y, *ends), y)
     return _as_dataset(value, bounds, scores)
+
+
+def _draw(rng: np.random.Generator, y: Array, low: Array, high: Array) -> Array:
+    """Lengths from their intervals, with the known one as their median."""
+    ends = np.where(rng.random((DRAWS, len(y))) < 0.5, np.minimum(low, y), np.maximum(high, y))
+    drawn: Array = y * (ends / y) ** rng.random((DRAWS, len(y)))
+    return drawn
+
+
+def _bounds(law: Law, x: Array, rng: np.random.Generator, drawn: Array, y: Array) -> Array:
+    """Ends of the parameters' intervals: of lengths drawn, or of the law's scatter where that is wider."""
+    samples = [drawn]
+    predicted = law.predict(law.fit(x, y), x)
+    spare = len(x) - law.parameters
+    if spare > 0 and (predicted > 0).all():
+        error = np.log(y / predicted)
+        error = (error - error.mean()) * np.sqrt(len(x) / spare)
+        samples.append(predicted * np.exp(rng.choice(error, drawn.shape)))
+    ends = [np.quantile([law.fit(x, sample) for sample in some], (0.025, 0.975), axis=0) for some in samples]
+    found: Array = np.stack([np.min([e[0] for e in ends], axis=0), np.max([e[1] for e in ends], axis=0)])
+    return found
 
 
 def _held_out(law: Law, x: Array, y: Array) -> tuple[float, float]:

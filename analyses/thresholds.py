@@ -176,53 +176,47 @@ def recall_lengths(
     return xr.DataArray(longest, table["state_numbers"].coords, ("run",), "recall_length", attrs)
 
 
-def passkey_lengths(table: xr.Dataset, threshold: float = 0.95) -> xr.DataArray:
-    """Longest prompt from which a run recalls passkeys at every depth together, (run), in tokens.
+def answers_passkeys(table: xr.Dataset, capable: float = CAPABLE) -> xr.DataArray:
+    """Which runs have learned to answer: they recall ``capable`` of the shortest prompt's passkeys, (run).
 
-    The paper's :math:`T_{recall}`: accuracy of ``threshold`` or more there and at all shorter prompts; 0 if
-    the shortest fails, NaN for runs that were not asked. Source: *Stuffed Mamba*, section 4.3.
+    1 or 0; NaN for runs that were not asked. The others say nothing of how far back they would recall.
     """
     if "passkeys" not in table:
         raise ValueError("table has no passkeys; ask for them when the sweep is run")
     accuracy = table["passkeys"].mean("depth").transpose("run", "length")
+    first = accuracy.notnull().values.argmax(-1)
+    shortest = accuracy.isel(length=xr.DataArray(first, dims="run")).drop_vars("length")
+    return (shortest >= capable).astype(float).where(shortest.notnull()).rename("answers")
+
+
+def passkey_lengths(table: xr.Dataset, threshold: float = 0.95, capable: float = CAPABLE) -> xr.DataArray:
+    """Longest prompt from which a run recalls passkeys at every depth together, (run), in tokens.
+
+    The paper's :math:`T_{recall}`: accuracy of ``threshold`` or more there and at all shorter prompts; 0 if
+    the shortest fails, NaN for runs that were not asked or have not learned to answer (``capable``, see
+    :func:`answers_passkeys`). Source: *Stuffed Mamba*, section 4.3.
+    """
+    answers = answers_passkeys(table, capable)
+    accuracy = table["passkeys"].mean("depth").transpose("run", "length")
     holds = (accuracy >= threshold).values.cumprod(-1)
     longest = (holds * table["length"].values).max(-1).astype(float)
-    longest[accuracy.isnull().all("length").values] = np.nan
+    longest[(answers != 1).values] = np.nan
     attrs = {"long_name": "longest prompt recalled", "units": "tokens"}
     return xr.DataArray(longest, table["state_numbers"].coords, ("run",), "recall_length", attrs)
 
 
-def passkey_shares(table: xr.Dataset, times: int = 8) -> xr.Dataset:
+def passkey_shares(table: xr.Dataset, times: int = 8, capable: float = CAPABLE) -> xr.Dataset:
     """Share of passkeys recalled at all depths, in prompts ``inside`` and ``beyond`` training, (run).
 
-    Beyond are prompts longer than the training length, up to ``times`` it.
+    Beyond are prompts longer than the training length, up to ``times`` it. NaN for runs that have not
+    learned to answer (``capable``, see :func:`answers_passkeys`).
     """
-    if "passkeys" not in table:
-        raise ValueError("table has no passkeys; ask for them when the sweep is run")
+    answers = answers_passkeys(table, capable)
     accuracy, length, trained = table["passkeys"].mean("depth"), table["length"], table["train_length"]
     is_beyond = (length > trained) & (length <= times * trained)
     parts = {"inside": length <= trained, "beyond": is_beyond}
-    return xr.Dataset({name: accuracy.where(part).mean("length") for name, part in parts.items()})
-
-
-def context_lengths(table: xr.Dataset, within: float = WITHIN, recent: int = RECENT) -> xr.DataArray:
-    """Longest context in which a run still recalls what is recent, (run), in tokens.
-
-    The end of the last bin of positions at which, and at all before, recall of recent pairs is at most
-    ``within`` below that inside the training length; the longest tested where it never fails.
-    """
-    inside = recall(_recent(table, recent), 0)["inside"]
-    by_position = recall_by_position(table, recent)["recall"]
-    starts = by_position["position"].values.astype(float)
-    ends = np.append(starts[1:], 2 * starts[-1])
-    holds = (
-        (by_position >= inside - within)
-        | by_position.isnull()
-        | (by_position["position"] < inside["train_length"])
-    )
-    longest = (holds.transpose("run", "position").values.cumprod(-1) * ends).max(-1)
-    attrs = {"long_name": "longest context in which recent pairs are recalled", "units": "tokens"}
-    return xr.DataArray(longest, table["state_numbers"].coords, ("run",), "context_length", attrs)
+    shares = {name: accuracy.where(part).mean("length") for name, part in parts.items()}
+    return xr.Dataset(shares).where(answers == 1)
 
 
 def best_recall(lengths: xr.DataArray, size: str = "state_numbers", confidence: float = 0.95) -> xr.Dataset:
@@ -254,7 +248,7 @@ def best_recall(lengths: xr.DataArray, size: str = "state_numbers", confidence: 
         low, high = np.quantile(np.max(drawn, axis=0), (tail, 1 - tail))
         found.append((max(np.median(c) for c in cells), low, high))
     names = ("length", "low", "high")
-    columns = np.array(found).T
+    columns = np.array(found).reshape(-1, len(names)).T
     return xr.Dataset(
         {n: ((size,), c, {"units": "tokens"}) for n, c in zip(names, columns, strict=True)}, {size: sizes}
     )

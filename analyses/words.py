@@ -8,8 +8,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-MEASURED_AGAINST = ("train_length", "state_numbers")
-"""Predictors known before a run is trained: what a measure of its states must better."""
+from statescope.analyses.predictors import KNOWN
+
+OUTCOMES = {"growth": "how much their loss grows", "recall": "how far back they recall"}
+"""What predictors order runs by."""
 
 
 def in_words(found: dict[str, Any]) -> list[str]:
@@ -24,21 +26,24 @@ def in_words(found: dict[str, Any]) -> list[str]:
     -------
     list of str
         Sentences: how many runs forget; from which training length on, and how that goes with the state's
-        size; from how far back is recalled; what rises or falls with the state's size; which measure
-        foretells it. What cannot be said is not said, and why is.
+        size; what more training did; from how far back is recalled; what rises or falls with the state's
+        size; which measure foretells it. What cannot be said is not said, and why is.
     """
     if found["stream"] == "recall":
-        forget = xr.Dataset.from_dict(found["forget"]["points"])
-        said = [_who(found, forget), _thresholds(found, forget)]
+        forget, by_loss = (xr.Dataset.from_dict(found[n]["points"]) for n in ("forget", "forget_by_loss"))
+        said = [_who(found, forget), _thresholds(found, forget), _by_loss(found, by_loss)]
     else:
         said = [f"{_kind(found)}: {found['runs']} runs."]
-    if "growth" in found:
-        said.append(_growth(found, xr.Dataset.from_dict(found["growth"]["points"])))
+    said.append(_growth(found, xr.Dataset.from_dict(found["growth"]["points"])))
+    if "more_training" in found:
+        said.append(_more_training(found["more_training"]))
+    if "passkeys" in found:
+        said.append(_not_learned(found["passkeys"]))
     said.append(_lengths(found, xr.Dataset.from_dict(found["recall"]["points"])))
-    if "trends" in found:
-        said.append(_trends(found["trends"]))
-    if "predictors" in found:
-        said.append(_predictors(xr.Dataset.from_dict(found["predictors"])))
+    said.append(_trends(found["trends"], "At the same training length", "state's size"))
+    said.append(_trends(found["trends_with_length"], "With the same state", "training length"))
+    for outcome, tables in found.get("predictors", {}).items():
+        said.append(_predictors(OUTCOMES[outcome], tables))
     return said
 
 
@@ -67,15 +72,35 @@ def _thresholds(found: dict[str, Any], points: xr.Dataset) -> str:
     return f"{lead} state sizes ({each}).{_trend('threshold', sizes, middle, found['forget'])}"
 
 
+def _by_loss(found: dict[str, Any], points: xr.Dataset) -> str:
+    runs, sizes = _numbers(points["runs"]), points[found["size"]].values
+    forget = np.nansum(_numbers(points["fraction"]) * runs)
+    known, each = _known(found, points)
+    lead = (
+        f"By the paper's criterion (the loss is nowhere beyond above twice the largest inside),"
+        f" {forget:.0f} of {runs.sum():.0f} forget"
+    )
+    if not known:
+        return f"{lead}; from which training length on half of them do is known for no state size."
+    trend = _trend("threshold", sizes, _numbers(points["threshold"]), found["forget_by_loss"])
+    from_on = f"half of them from a training length on that is known for {known} of {len(sizes)} state sizes"
+    return f"{lead}; {from_on} ({each}).{trend}"
+
+
 def _growth(found: dict[str, Any], points: xr.Dataset) -> str:
     sizes, middle = points[found["size"]].values, _numbers(points["threshold"])
     known, each = _known(found, points)
     level = points.attrs.get("level", 2)
     lead = f"The loss far beyond the training length over that at its end falls to {level:g}"
+    measured = np.isfinite(_numbers(points["growth"])).any(-1)
+    open_ended = {"below": (middle == 0).sum(), "above": (measured & ~np.isfinite(middle)).sum()}
+    at = [f"for {n} it is {side} that at all lengths tried" for side, n in open_ended.items() if n]
+    rest = f"; {', '.join(at)}" if at else ""
     if not known:
-        return f"{lead} inside the training lengths tried for no state size."
+        return f"{lead} inside the training lengths tried for no state size{rest}."
     law = _trend("length", sizes, middle, found["growth"])
-    return f"{lead} at a training length that is known for {known} of {len(sizes)} state sizes ({each}).{law}"
+    where = f"at a training length that is known for {known} of {len(sizes)} state sizes"
+    return f"{lead} {where} ({each}){rest}.{law}"
 
 
 def _known(found: dict[str, Any], points: xr.Dataset) -> tuple[int, str]:
@@ -86,12 +111,32 @@ def _known(found: dict[str, Any], points: xr.Dataset) -> tuple[int, str]:
     return len(rows), "; ".join(each)
 
 
-def _trends(found: dict[str, Any]) -> str:
+def _more_training(found: dict[str, Any]) -> str:
+    compared = {name: of for name, of in found.items() if name != "than" and of["p"] is not None}
+    each = [
+        f"{name.replace('_', ' ')} is {of['ratio']:.2f} times as large ({of['low']:.2f} to {of['high']:.2f}),"
+        f" larger in {of['rises']:.0f} of {of['pairs']:.0f} (p = {of['p']:.2g})"
+        for name, of in compared.items()
+    ]
+    what = "; ".join(each) or "nothing can be compared"
+    return f"Beside the same runs after {found['than']:,} steps (same state, length and seed): {what}."
+
+
+def _not_learned(found: dict[str, Any]) -> str:
+    failed = found["not_learned"]
+    lead = f"Of {found['asked']} runs asked for passkeys, {found['asked'] - len(failed)} learned to answer"
+    if not failed:
+        return f"{lead}."
+    each = ", ".join(f"N={n} T={t:,} seed {s}" for n, t, s in failed)
+    return f"{lead}; the others fail at the shortest prompt already and are left out: {each}."
+
+
+def _trends(found: dict[str, Any], alike: str, against: str) -> str:
     known = {name: t for name, t in found.items() if t["p"] is not None}
     if not known:
-        return "At the same training length, nothing varies with the state's size."
+        return f"{alike}, nothing varies with the {against}."
     each = [f"{n.replace('_', ' ')} {t['correlation']:+.2f} (p = {t['p']:.2g})" for n, t in known.items()]
-    return f"At the same training length, rank correlation with the state's size: {', '.join(each)}."
+    return f"{alike}, rank correlation with the {against}: {', '.join(each)}."
 
 
 def _lengths(found: dict[str, Any], points: xr.Dataset) -> str:
@@ -120,28 +165,42 @@ def _trend(what: str, sizes: NDArray[Any], values: NDArray[Any], found: dict[str
     best = laws.attrs.get("best")
     if not best:
         return text + " Too few points are known to compare laws by what they predict."
-    r2, error = (float(_numbers(laws[n].sel(law=best))) for n in ("r2", "error"))
-    return text + (
-        f" Of linear, power and exponential, the {best} one predicts a size left out best: off by a factor"
-        f" {np.exp(error):.2f}, R2 {r2:.2f}."
-    )
+    each = [_fit(laws, str(name)) for name in laws["law"].values]
+    return text + f" At a size left out: {', '.join(each)}. The {best} one predicts best."
 
 
-def _predictors(table: xr.Dataset) -> str:
-    def one(name: str) -> str:
-        row = table.sel(predictor=name)
-        value, low, high = (float(_numbers(row[n])) for n in ("correlation", "low", "high"))
-        return f"{name} {value:+.2f} ({low:+.2f} to {high:+.2f})"
+def _fit(laws: xr.Dataset, name: str) -> str:
+    """How well a law fits and predicts; one that levels off is no growth without bound."""
+    law = laws.sel(law=name)
+    r2, error = (float(_numbers(law[n])) for n in ("r2", "error"))
+    base = float(_numbers(law["value"].sel(parameter="b")))
+    name = f"{name} (base below 1: it levels off)" if name == "exponential" and base < 1 else name
+    off = "not known" if np.isnan(error) else f"off by a factor {np.exp(error):.2f}"
+    return f"{name} {off}, R2 {r2:.2f}"
 
-    names = [str(n) for n in table["predictor"].values]
-    measures = [n for n in names if n not in MEASURED_AGAINST]
-    given = [one(n) for n in MEASURED_AGAINST if n in names]
-    if not measures:
-        return "No measure of the states orders the runs."
-    return (
-        f"Of the measures read inside the training length, {one(measures[0])} orders the runs best by the"
-        f" context in which they still recall recent pairs (rank correlation); {', '.join(given)}."
-    )
+
+def _predictors(outcome: str, tables: dict[str, Any]) -> str:
+    """Say for every comparison which measure is strongest, and what was known before training."""
+    each = []
+    for alike, content in tables.items():
+        table = xr.Dataset.from_dict(content)
+        names = [str(n) for n in table["predictor"].values]
+        measures = [n for n in names if n not in KNOWN]
+        if not measures:
+            each.append(f"among {alike}, none varies")
+            continue
+        p = float(_numbers(table["p"].sel(predictor=measures[0])))
+        given = [_correlation(table, n) for n in KNOWN if n in names]
+        beside = f"; beside it, {', '.join(given)}" if given else ""
+        each.append(f"among {alike}, {_correlation(table, measures[0])}, p = {p:.2g}{beside}")
+    lead = f"Of the measures read inside the training length, the one that orders runs best by {outcome}"
+    return f"{lead} (rank correlation; p of the strongest of all): {'. '.join(each)}."
+
+
+def _correlation(table: xr.Dataset, name: str) -> str:
+    row = table.sel(predictor=name)
+    value, low, high = (float(_numbers(row[n])) for n in ("correlation", "low", "high"))
+    return f"{name} {value:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _numbers(values: xr.DataArray) -> NDArray[np.float64]:

@@ -168,7 +168,7 @@ def test_cli_sweep_and_train(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "recall at short lags" in done.output and "threshold" in done.output
-    assert len(list((tmp_path / "s").glob("*.png"))) == 4
+    assert len(list((tmp_path / "s").glob("*.png"))) == 6
     said = json.loads((tmp_path / "s" / "findings.json").read_text())
     assert said[0]["runs"] == 2 and said[0]["forget"]["points"]["dims"]["train_length"] == 2
     again = ["laws", str(tmp_path / "s" / "table.jsonl"), "-o", str(tmp_path / "l"), "--far", "64"]

@@ -26,7 +26,8 @@ def position_figure(
 ) -> Figure:
     """Show recall (or loss) of recent pairs by position, one panel a state size, one curve a training length.
 
-    A curve is the median over runs, its band their range. The mark on it stands at the training length.
+    A curve is the median over runs, its band their range. The mark on it stands at the training length. The
+    loss has a logarithmic axis, on which a factor is a height.
 
     Parameters
     ----------
@@ -55,10 +56,13 @@ def position_figure(
                 _draw_curve(ax, curves.isel(run=here.values), int(length), i, quantity)
             ax.set_title(f"N = {size}", fontsize="medium")
             _log_tokens(ax)
+            if quantity == "loss":
+                ax.set_yscale("log")
         for ax in axes.flat[len(sizes) :]:
             ax.set_visible(False)
-        for ax in axes[-1]:
+        for ax in axes.flat[max(0, len(sizes) - columns) : len(sizes)]:  # the lowest of every column
             ax.set_xlabel("position (tokens)")
+            ax.tick_params(labelbottom=True)
         for ax in axes[:, 0]:
             ax.set_ylabel("recall of recent pairs" if quantity == "recall" else "loss (nat)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -74,7 +78,7 @@ def position_figure(
 
 
 def _draw_curve(ax: Axes, values: xr.DataArray, length: int, i: int, quantity: str) -> None:
-    known = values.dropna("position", how="all")
+    known = (values.where(values > 0) if quantity == "loss" else values).dropna("position", how="all")
     if not known.sizes["run"] or not known.sizes["position"]:
         return
     starts = known["position"].values.astype(float)
@@ -83,12 +87,19 @@ def _draw_curve(ax: Axes, values: xr.DataArray, length: int, i: int, quantity: s
     color, dash = SHADES[i % len(SHADES)], DASHES[i % len(DASHES)]
     ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     ax.plot(x, middle, color=color, linestyle=dash, linewidth=1.3, label=f"{length:,}")
+    middle = np.log(middle) if (is_log := quantity == "loss") else middle
     at = float(np.interp(np.log(length), np.log(x), middle))
+    at = float(np.exp(at)) if is_log else at
     ax.plot(length, at, MARKS[i % len(MARKS)], color=color, markersize=4.5, markeredgecolor="white")
 
 
 def threshold_figure(
-    table: xr.Dataset, far: int = FAR, within: float = WITHIN, paper: bool = True, law: str | None = None
+    table: xr.Dataset,
+    far: int = FAR,
+    within: float = WITHIN,
+    paper: bool = True,
+    law: str | None = None,
+    criterion: str = "recall",
 ) -> Figure:
     """Show which runs forget, by state size and training length; the threshold with its law; the paper's.
 
@@ -100,7 +111,7 @@ def threshold_figure(
     ----------
     table : Dataset
         Runs of one budget and one kind of data.
-    far, within
+    far, within, criterion
         See :func:`statescope.analyses.thresholds.learned_to_forget`.
     paper : bool
         Draw the paper's law beside.
@@ -108,7 +119,7 @@ def threshold_figure(
         Which of :data:`statescope.analyses.laws.LAWS` to draw. Default: the one of the least held-out error.
     """
     found = thresholds(
-        learned_to_forget(table, within, far),
+        learned_to_forget(table, within, far, criterion=criterion),
         size="entries" if "entries" in table.coords else "state_numbers",
     )
     size = str(next(iter(found["threshold"].dims)))
@@ -135,8 +146,9 @@ def _draw_cells(ax: Axes, found: xr.Dataset, size: str) -> None:
     )
     ax.scatter([], [], c="black", s=50, edgecolors="0.3", label="all forget")
     ax.scatter([], [], c="white", s=50, edgecolors="0.3", label="none forgets")
-    for axis, values in ((ax.xaxis, found[size].values), (ax.yaxis, found["train_length"].values)):
-        axis.set_ticks(choose(values, 8), [short_number(v) for v in choose(values, 8)])
+    for axis, name, thousand in ((ax.xaxis, size, 1000), (ax.yaxis, "train_length", 1024)):
+        values = choose(found[name].values, 8)
+        axis.set_ticks(values, [short_number(v, thousand) for v in values])
         axis.set_minor_formatter(NullFormatter())
     ax.margins(x=0.1)
 

@@ -7,7 +7,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from statescope.analyses.plots.style import BOUND, below, sheet
-from statescope.analyses.words import MEASURED_AGAINST
+from statescope.analyses.predictors import KNOWN
 
 
 def predictors_figure(found: xr.Dataset, most: int = 8) -> Figure:
@@ -23,8 +23,8 @@ def predictors_figure(found: xr.Dataset, most: int = 8) -> Figure:
     if most < 1:
         raise ValueError(f"most={most}; expected 1 or more")
     names = [str(n) for n in found["predictor"].values]
-    measures = [n for n in names if n not in MEASURED_AGAINST][:most]
-    drawn = [n for n in names if n in measures or n in MEASURED_AGAINST]
+    measures = [n for n in names if n not in KNOWN][:most]
+    drawn = [n for n in names if n in measures or n in KNOWN]
     rows = found.sel(predictor=drawn)
     y = np.arange(len(drawn))
     value = rows["correlation"].values

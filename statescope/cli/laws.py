@@ -31,6 +31,7 @@ def summarise(tables: list[Path], output: Path, far: int, within: float = 0.02) 
     from statescope.analyses.growth import crossings, loss_growth
     from statescope.analyses.runs import read_runs
     from statescope.analyses.thresholds import learned_to_forget, thresholds
+    from statescope.analyses.words import in_words
 
     runs = read_runs(*tables)
     said = findings(runs, far, within)
@@ -51,6 +52,8 @@ def summarise(tables: list[Path], output: Path, far: int, within: float = 0.02) 
         for n in grown["state_size"].values:
             row = grown.sel(state_size=n)
             typer.echo(f"{n:>6}" + "".join(f"{g:>9.3g}" for g in row["growth"].values) + f"   {_at(row)}")
+    for one in said:
+        typer.echo("\n" + "\n".join(in_words(one)))
     path = output / "findings.json"
     path.write_text(json.dumps(said, indent=1), encoding="utf-8")
     typer.echo(f"\nfindings: {path}")
@@ -59,6 +62,7 @@ def summarise(tables: list[Path], output: Path, far: int, within: float = 0.02) 
         return
     for kind, some in budgets(runs):
         _draw(some, output, _name(kind), far, within)
+    _draw_growth(runs, output, far)
     _draw_mechanism(runs, output, far)
 
 
@@ -84,17 +88,36 @@ def _draw(runs: Any, output: Path, name: str, far: int, within: float) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from statescope.analyses.plots.growth import growth_figure, passkey_length_figure
+    from statescope.analyses.plots.growth import passkey_length_figure
     from statescope.analyses.plots.laws import position_figure, threshold_figure
 
-    figures = {"positions": position_figure(runs), "thresholds": threshold_figure(runs, far, within)}
-    figures["growth"] = growth_figure(runs, far)
+    figures = {
+        "positions": position_figure(runs),
+        "loss": position_figure(runs, "loss"),
+        "thresholds": threshold_figure(runs, far, within),
+        "thresholds-by-loss": threshold_figure(runs, far, within, criterion="loss"),
+    }
     if "passkeys" in runs:
         figures["passkeys"] = passkey_length_figure(runs)
     for kind, figure in figures.items():
-        path = output / f"{kind}-{name}.png"
-        figure.savefig(path, dpi=150)
-        typer.echo(f"picture: {path}")
+        _save(figure, output / f"{kind}-{name}.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150)
+    typer.echo(f"picture: {path}")
+
+
+def _draw_growth(runs: Any, output: Path, far: int) -> None:
+    """Draw the growth of the loss of all budgets of one kind of data together."""
+    from statescope.analyses.plots.growth import growth_figure
+    from statescope.analyses.runs import final
+
+    done = final(runs)
+    for stream, uniform in sorted(set(zip(done["stream"].values, done["uniform"].values, strict=True))):
+        alike = (done["stream"] == stream) & (done["uniform"] == uniform)
+        path = output / f"growth-{stream}-u{uniform:g}.png"
+        _save(growth_figure(done.isel(run=alike.values), far), path)
 
 
 def _draw_mechanism(runs: Any, output: Path, far: int) -> None:
@@ -104,6 +127,5 @@ def _draw_mechanism(runs: Any, output: Path, far: int) -> None:
     followed = set(runs["name"].values[(runs["step"] < runs["steps"]).values].tolist())
     some = runs.isel(run=[name in followed for name in runs["name"].values.tolist()])
     for size in sorted(set(some["state_size"].values.tolist())):
-        path = output / f"mechanism-n{size}.png"
-        mechanism_figure(some.isel(run=(some["state_size"] == size).values), far).savefig(path, dpi=150)
-        typer.echo(f"picture: {path}")
+        of_size = some.isel(run=(some["state_size"] == size).values)
+        _save(mechanism_figure(of_size, far), output / f"mechanism-n{size}.png")

@@ -12,14 +12,14 @@ import pytest
 import xarray as xr
 
 from statescope.analyses.findings import findings
-from statescope.analyses.growth import crossings, falling, loss_growth, trend
+from statescope.analyses.growth import crossings, falling, loss_growth, paired, trend
 from statescope.analyses.laws import LAWS, fit_laws
 from statescope.analyses.paper import FORGET, MODELS, RECALL, paper_points
 from statescope.analyses.predictors import predictors, rank_correlation
-from statescope.analyses.runs import FORMAT, read_lines, read_runs, recall, tabulate
+from statescope.analyses.runs import FORMAT, read_runs, tabulate
 from statescope.analyses.thresholds import (
+    answers_passkeys,
     best_recall,
-    context_lengths,
     learned_to_forget,
     passkey_lengths,
     passkey_shares,
@@ -110,7 +110,7 @@ def test_ends_that_are_open(table: xr.Dataset) -> None:
     assert thresholds(learned_to_forget(incapable, far=256), size="state_size")["runs"].sum() == 0
 
 
-def test_recall_and_context_lengths(table: xr.Dataset) -> None:
+def test_recall_lengths(table: xr.Dataset) -> None:
     reach = recall_lengths(table, far=256)
     for size, end in ((4, 15), (8, 15), (16, 63)):  # bins of lags end before 4, 16, 64
         of_size = reach.where((table["state_size"] == size) & (table["train_length"] == 128), drop=True)
@@ -119,10 +119,26 @@ def test_recall_and_context_lengths(table: xr.Dataset) -> None:
     assert best["length"].values.tolist() == [30, 30, 126] and (best["low"] <= best["high"]).all()
     forgets = learned_to_forget(table, far=256) == 1
     assert (passkey_lengths(table) == np.where(forgets, 256, 128)).all()
-    context = context_lengths(table)
-    assert (context[forgets.values] == 1024).all()
-    fails = ~forgets.values & (table["train_length"] <= 128).values
-    assert (context[fails] == 2 * table["train_length"][fails]).all()
+
+
+def test_runs_that_have_not_learned_to_answer_are_left_out() -> None:
+    """What they recall is no length; what fails beyond the shortest prompt is one."""
+    rows = [row(4, 128, seed, forgets=seed == 0) for seed in range(3)]
+    rows[2]["passkeys"]["right"] = [[9, 8], [10, 10]]
+    mixed = tabulate([*rows, {**row(4, 128, 3, True), "passkeys": None}])
+    np.testing.assert_array_equal(answers_passkeys(mixed), [1, 1, 0, np.nan])
+    np.testing.assert_array_equal(passkey_lengths(mixed), [256, 128, np.nan, np.nan])
+    np.testing.assert_array_equal(passkey_lengths(mixed, capable=0.85), [256, 128, 0, np.nan])
+    np.testing.assert_array_equal(passkey_shares(mixed)["inside"], [1, 1, np.nan, np.nan])
+    none = passkey_lengths(mixed.isel(run=[2]))
+    assert best_recall(none.isel(run=none.notnull().values))["length"].size == 0
+    (found,) = findings(mixed, far=256, size="state_size")
+    assert found["passkeys"] == {"asked": 3, "not_learned": [[4, 128, 2]]}
+    later = {
+        **row(4, 128, 4, True),
+        "passkeys": {"length": [256], "depth": [0.0], "trials": 10, "right": [[9]]},
+    }
+    assert answers_passkeys(tabulate([later, rows[2]])).values.tolist() == [1, 0]
 
 
 def test_bad_arguments_are_named(table: xr.Dataset, tmp_path: Path) -> None:
@@ -167,6 +183,20 @@ def test_laws_are_found_again(law: str, truth: tuple[float, ...]) -> None:
     assert float(found["error"].sel(law=law)) < 0.01
 
 
+def test_a_law_that_misses_its_points_is_not_known_better_than_it_fits() -> None:
+    """Exact lengths that scatter about a power law: its exponent is as uncertain as least squares says."""
+    rng = np.random.default_rng(0)
+    size, slopes = np.geomspace(1, 32, 6), []
+    for _ in range(12):
+        length = size**0.5 * np.exp(rng.normal(0, 0.3, 6))
+        found = fit_laws(size, length, length, length).sel(law="power", parameter="b")
+        slopes.append([float(found[n]) for n in ("low", "value", "high")])
+    low, value, high = np.array(slopes).T
+    assert (low < value).all() and (value < high).all()
+    assert ((low < 0.5) & (high > 0.5)).mean() > 0.8  # 95 % asked for, of six points
+    assert np.median(high - low) == pytest.approx(4 * value.std(), rel=0.4)
+
+
 def test_clamped_predictions_are_counted() -> None:
     found = fit_laws([1, 2, 3, 10], [1, 40, 80, 400])
     assert float(found["clamped"].sel(law="linear")) >= 1
@@ -206,6 +236,28 @@ def test_the_measure_that_orders_the_runs_comes_first(table: xr.Dataset) -> None
     other = found.sel(predictor="live_memories (max)")
     assert abs(other["correlation"]) < 0.8 and other["low"] < other["correlation"] < other["high"]
     assert {"train_length", "state_numbers"} <= set(found["predictor"].values)
+    assert float(first["p"]) == pytest.approx(1 / 1001)
+
+
+def test_predictors_of_noise_are_not_significant(table: xr.Dataset) -> None:
+    """The strongest of several is compared with the strongest of several: at most 5 in 100 are below 0.05."""
+    rng = np.random.default_rng(1)
+    few = table.drop_vars("inside_live_memories").isel(run=slice(0, 24))
+    noise = [few["seed"] * 0 + rng.normal(size=24) for _ in range(40)]
+    found = [predictors(few, one, within=("train_length",)) for one in noise]
+    p = np.array([float(one["p"].sel(predictor="retention (max)")) for one in found])
+    assert (p < 0.05).sum() <= 6 and p.min() > 0 and 0.25 < np.median(p) <= 1
+
+
+def test_predictors_among_runs_alike(table: xr.Dataset) -> None:
+    """What only follows the training length says nothing among runs of the same one."""
+    follows = table.assign(inside_retention=table["inside_retention"] * 0 + table["train_length"])
+    outcome = table["train_length"] * 100.0 + table["seed"]
+    every = predictors(follows, outcome)
+    assert float(every["correlation"].sel(predictor="retention (max)")) > 0.95
+    within = predictors(follows, outcome, within=("train_length", "state_size"))
+    assert not {"retention (max)", "train_length", "state_numbers"} & set(within["predictor"].values)
+    assert float(within["correlation"].sel(predictor="live_memories (max)")) == pytest.approx(1)
 
 
 def test_findings_are_plain_and_complete(table: xr.Dataset) -> None:
@@ -216,42 +268,34 @@ def test_findings_are_plain_and_complete(table: xr.Dataset) -> None:
     laws = found["forget"]["laws"]
     assert laws["attrs"]["best"] in LAWS and len(laws["data_vars"]["error"]["data"]) == 3
     assert found["recall_falls"]["data_vars"]["mean"]["data"][0][-1] == 0
-    assert found["predictors"]["coords"]["predictor"]["data"][0].startswith("retention")
+    named = found["predictors"]["growth"]["all runs"]["coords"]["predictor"]["data"]
+    assert set(found["predictors"]) == {"growth", "recall"} and "retention (max)" in named
+    assert found["forget_by_loss"]["points"]["data_vars"]["last_failing"]["data"] == [16, 32, 64]
+    assert found["trends_with_length"]["length_recalled"]["runs"] > 0 and "more_training" not in found
 
 
-MADE = {"device", "torch", "date", "command", "statescope"}
-"""What every row of a table in the repository says of how it was made."""
+def test_more_training_is_compared_run_by_run() -> None:
+    """The loss grows by 1.5 at ten steps and by 3 at twenty; one run has no counterpart."""
+    cells = [(n, t, s) for n in (4, 8) for t in (64, 128) for s in range(3)]
+    rows = [grown(*cell, 1.5) for cell in cells]
+    for cell in [*cells, (16, 64, 0)]:
+        rows.append(grown(*cell, 3.0) | {"step": 20})
+        rows[-1]["config"]["steps"] = 20
+    first, second = findings(tabulate(rows), far=256)
+    assert "more_training" not in first
+    assert second["more_training"]["than"] == 10
+    of = second["more_training"]["growth"]
+    assert of["ratio"] == of["low"] == of["high"] == pytest.approx(2)
+    assert of["pairs"] == of["rises"] == 12 and of["p"] < 0.01
+    assert second["more_training"]["loss_far"]["ratio"] == pytest.approx(2)
+    assert second["more_training"]["loss_at_the_end"]["ratio"] == pytest.approx(1)
+    before, after = (xr.DataArray([1.0, 2.0, 4.0], {n: ("run", [0, 1, 2]) for n in KEYS}, ("run",)),) * 2
+    assert paired(before, after)["p"] == 1 and paired(before, after)["ratio"] == 1
+    alone = after.assign_coords(seed=("run", [7, 8, 9]))
+    assert paired(before, alone)["pairs"] == 0 and np.isnan(paired(before, alone)["p"])
 
 
-def test_the_grids_that_were_run() -> None:
-    """The tables in the repository: whole, each row says how it was made, and the findings are theirs."""
-    results = Path(__file__).parents[2] / "notebooks" / "results"
-    rows, _ = read_lines(results / "h200-lab-table.jsonl.xz")
-    runs = tabulate(rows)
-    cells = set(
-        zip(*(runs[n].values.tolist() for n in ("state_size", "train_length", "seed", "steps")), strict=True)
-    )
-    assert runs.sizes["run"] == 432 and len(cells) == 6 * 6 * 3 * 2
-    assert all(set(r["made"]) >= MADE for r in rows)
-    assert runs["inside_retention"].notnull().all() and recall(runs)["far"].notnull().all()
-    said = json.loads((results / "h200-lab.json").read_text())
-    assert sum(found["runs"] for found in said) == 432 + 108
-    first = next(found for found in said if (found["steps"], found["uniform"]) == (750, 0.0))
-    judged = runs.isel(run=((runs["steps"] == 750) & (runs["uniform"] == 0)).values)
-    again = thresholds(learned_to_forget(judged), size="entries")
-    assert first["forget"]["points"]["data_vars"]["runs"]["data"] == again["runs"].values.tolist()
-    others = {
-        "h200-lab-small-batch": 108,
-        "h200-lab-text": 8,
-        "cpu-lab-mechanism": 54,
-    }
-    for name, size in others.items():
-        rows, _ = read_lines(results / f"{name}.jsonl.xz")
-        assert len(rows) == size and all(set(r["made"]) >= MADE for r in rows)
-    small = tabulate(read_lines(results / "h200-lab-small-batch.jsonl.xz")[0])
-    again = crossings(loss_growth(small), size="entries")
-    third = next(found for found in said if found["steps"] == 1000)["growth"]["points"]["data_vars"]
-    np.testing.assert_allclose(third["growth"]["data"], again["growth"], rtol=1e-3)
+KEYS = ("state_size", "train_length", "seed")
 
 
 def test_figures_show_all_of_it(table: xr.Dataset) -> None:
@@ -268,13 +312,25 @@ def test_figures_show_all_of_it(table: xr.Dataset) -> None:
     assert [ax.get_title() for ax in figure.axes] == ["N = 4", "N = 8", "N = 16"]
     assert len(figure.axes[0].collections) == 4 and figure.legends
     left, middle, _ = growth_figure(table, far=256).axes
-    assert len(left.lines) == 4 and middle.get_title() == "loss grows 2-fold"
-    assert [ax.get_title() for ax in passkey_length_figure(table).axes][-1] == "longest prompt"
+    assert len(left.lines) == 4 and middle.get_title() == "where it falls to 2"
+    twice = table.assign_coords(steps=("run", np.where(table["seed"] == 0, 5, 10)))
+    labels = growth_figure(twice, far=256).axes[1].get_legend_handles_labels()[1]
+    assert labels[-2:] == ["10 steps", "5 steps"]
+    above = tabulate([grown(n, t, s, 5.0) for n in (4, 8) for t in (64, 128) for s in range(2)])
+    assert growth_figure(above, far=256).axes[1].get_legend_handles_labels()[1] == ["above all"]
+    panels = passkey_length_figure(table).axes
+    assert panels[-1].get_title() == "longest prompt recalled" and panels[0].get_title() == "N = 4"
+    none = table["passkeys"].where(table["state_size"] != 4, table["passkeys"] * 0)
+    failed = passkey_length_figure(table.assign(passkeys=none.where(table["seed"] > 0, table["passkeys"])))
+    assert failed.axes[0].get_title() == "N = 4 (4 of 12 runs)"
     figure = threshold_figure(table, far=256)
     left, right = figure.axes
     assert 8 <= left.get_ylim()[0] < 16 and 128 < left.get_ylim()[1] <= 256
     labels = left.get_legend_handles_labels()[1]
     assert "threshold" in labels and any("law" in label for label in labels)
+    by_loss = threshold_figure(table, far=256, criterion="loss").axes[0]
+    assert by_loss.get_title() == left.get_title()
+    assert position_figure(table, "loss").axes[0].get_yscale() == "log"
     assert {"the paper's models", "the paper's law", "here"} <= set(right.get_legend_handles_labels()[1])
     with pytest.raises(ValueError, match="quantity='joy'"):
         position_figure(table, "joy")
