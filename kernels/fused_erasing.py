@@ -37,7 +37,6 @@ from .keyed import Measured
 ROWS = 2**21
 """Writes times heads times sequences worked on at once: bounds the memory whatever the length."""
 
-
 PART = 16
 """Rows that are related to earlier ones at once where keys forget much; the fewest a matrix unit takes."""
 

@@ -216,8 +216,9 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.parametrize("name", subjects.SIGNATURES)
 def test_signatures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signatures, "VERIFIED", 70)
+    monkeypatch.setattr(signatures, "LONGEST", 50)
     for each in subjects.SIGNATURES:
-        monkeypatch.setitem(subjects.SIGNATURES, each, subjects.Signature(4, 8, 8, longest=50))
+        monkeypatch.setitem(subjects.SIGNATURES, each, subjects.Signature(4, 8, 8))
     _, entry = scans.measure(replace(settings("scan"), shapes=(name,), lengths=(90,)))
     assert entry["tokens"] == 50 and max(entry["errors"].values()) < 1e-5
     rows = {row["name"]: row for row in entry["rows"]}
