@@ -3,15 +3,15 @@ r"""Erase terms and decay per key on a GPU (Triton): the delta rule, GLA, HGRN-2
 The algebra is that of :mod:`statescope.kernels.keyed` and :mod:`statescope.kernels.erasing`. All launches
 but ``walk`` do all chunks at once:
 
-1. ``relate``: what the rows of a chunk erase, and what their queries read, of its earlier writes. Chunks of
-   which a key forgets more than float32 holds are cut into parts, by a second launch.
-2. ``invert``: the triangular system of what is erased, where something is.
-3. ``solve``: what each chunk does to whatever state enters it.
-4. ``walk``: over all chunks for each head and block of columns, with the state in registers; all it computes
+1. ``prepare``: what each chunk does to whatever state enters it, the triangular system of what is erased
+   included.
+2. ``walk``: over all chunks for each head and block of the state, which stays in registers; all it computes
    for a chunk are two products, or one where nothing is erased.
-5. ``read``: ``y``.
-6. ``measure``: what is written beside what is stored; as ``relate`` in two launches.
-7. ``tally``: energy and sum of each row of the state, token by token inside the chunks.
+3. ``read``: ``y``, and what is written beside what is stored.
+
+Where the decay is per key, a factor for every row stands for what is forgotten between two. Chunks of which
+a key forgets more than float32 holds are left to launches of their own: ``relate`` by parts of 16 rows before
+``prepare`` and ``read`` again, and, for what is measured, ``measure`` and ``tally``, row by row.
 
 A chunk is so many *writes* of rank one. A token of the delta rule makes one, :math:`k_t u_t^\top`; with any
 other erase term it makes two, of which the second decays nothing: :math:`a_t z_t^\top` and :math:`k_t
@@ -41,12 +41,16 @@ PART = 16
 """Rows that are related to earlier ones at once where keys forget much; the fewest a matrix unit takes."""
 
 
+FIELDS = 7
+"""Of what ``read`` finds."""
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a shape is cut up: rows of a chunk, keys and columns at once, and the warps of every launch.
 
-    ``walk`` has all ``keys`` of ``walked`` columns of the state, ``solve`` ``solve_slice`` of the first or
-    ``solve_columns`` of the second, and the others ``slice`` keys of ``columns``.
+    ``walk`` has ``walked_keys`` of ``walked`` columns of the state, ``read`` all of ``columns``. ``slice``
+    and ``part_slice`` are the keys taken at once, of whole chunks and by parts.
     """
 
     chunk: int
@@ -54,16 +58,18 @@ class Tiling:
     slice: int
     columns: int
     walked: int
-    solve_slice: int
-    solve_columns: int
+    walked_keys: int
+    prepared: int
+    read_slice: int
+    part_slice: int
+    part_columns: int
     walk_stages: int = 1
     walk_warps: int = 4
-    whole_warps: int = 4
-    part_warps: int = 4
-    invert_warps: int = 4
-    solve_warps: int = 4
+    prepare_warps: int = 4
     read_warps: int = 4
+    part_warps: int = 4
     tally_warps: int = 1
+    together: bool = True
 
 
 def halves(recurrence: Recurrence) -> bool:
@@ -84,12 +90,16 @@ def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
     modern : bool
         Whether matrix units read shared memory by themselves (compute capability 9 and 10).
     """
-    keys, values = (max(16, 1 << (n - 1).bit_length()) for n in (recurrence.key, recurrence.value))
+    r = recurrence
+    keys, values = (max(16, 1 << (n - 1).bit_length()) for n in (r.key, r.value))
     if half and modern:
-        slice = 64 if recurrence.scalar_decay else 32
-        return Tiling(64, keys, slice, 64, 32, 64, min(values, 128), walk_stages=3, invert_warps=2)
+        parts = {"part_slice": 32, "part_columns": 64, "walk_stages": 3}
+        across = keys if r.erases else min(keys, 64)
+        return Tiling(64, keys, min(keys, 64), min(values, 128), 32, across, min(values, 64), 32, **parts)
     some, columns = min(keys, 32), min(values, 32)
-    return Tiling(32 if keys <= 128 else 16, keys, some, columns, 16, some, columns)
+    across = keys if r.erases else some
+    length = 32 if keys <= 128 else 16
+    return Tiling(length, keys, some, columns, 16, across, columns, some, some, columns)
 
 
 def scan(
@@ -159,11 +169,13 @@ def _run(
     from . import fused_erasing_kernels
 
     kernels: Any = fused_erasing_kernels
+    keyed = not r.scalar_decay or writes == 2
     rows, length = writes * r.time, cut.chunk
     chunks = -(-rows // length)
     padded = chunks * length
-    columns, blocks = -(-r.value // cut.columns), -(-r.value // cut.walked)
-    pieces = -(-r.key // cut.solve_slice) + -(-r.value // cut.solve_columns)
+    pieces, across = -(-r.value // cut.columns), -(-r.key // cut.walked_keys)
+    blocks = cut.columns // cut.walked  # of a piece
+    energies = blocks * (1 if keyed else across)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=r.v.device)
@@ -171,44 +183,50 @@ def _run(
     heads = (r.batch, r.heads)
     split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
     rounded = torch.bfloat16 if split else torch.float32
-    rows_of_keys = empty(1 + r.erases, *heads, padded, r.key)  # float32, or two bfloat16 in its place
-    gained = rows_of_keys[0]  # in place of the keys, once these have been walked with
-    remaining, through = rows_of_keys[0], rows_of_keys[-1]
-    if split:
-        remaining, through = (x.view(torch.bfloat16).view(2, -1) for x in (remaining, through))
-    values, final = empty(*heads, padded, r.value), empty(*heads, r.key, r.value)
-    kept = empty(*heads, chunks, r.key)
+
+    def of_keys() -> Tensor:  # float32, or two bfloat16 in its place
+        found = empty(*heads, padded, r.key)
+        return found.view(torch.bfloat16).view(2, -1) if split else found
+
+    final, fast = empty(*heads, r.key, r.value), empty(*heads, chunks, dtype=torch.int32)
+    remaining = of_keys() if keyed else empty(*heads, padded)
+    kept = empty(*heads, chunks, r.key if keyed else 1)
+    through = of_keys() if r.erases else final
+    values = empty(*heads, padded, r.value) if r.erases else r.v
+    strides = (values.stride(0), values.stride(2), values.stride(1)) if r.erases else r.v.stride()[:3]
     states = empty(*heads, chunks, r.key, r.value, dtype=rounded) if outputs or measure else final
-    energy = empty(2, *heads, chunks, blocks, r.key) if measure else kept
-    system = empty(*heads, padded, length) if r.erases else kept
-    seen = empty(*heads, padded, length, dtype=rounded) if outputs else kept
+    energy = empty(2, *heads, chunks, pieces * energies, r.key if keyed else 1) if measure else kept
     scale = r.log_decay if r.write_scale is None else r.write_scale
     a = r.log_decay if r.a is None else r.a if r.a.stride(-1) == 1 or r.delta_rule else r.a.contiguous()
     b = r.log_decay if r.b is None else r.b if r.b.stride(-1) == 1 else r.b.contiguous()
     q, k, v, weight, erase, along = ((x, *x.stride()[:3]) for x in (r.q, r.k, r.v, scale, a, b))
+    u = (values, *strides)
     decay = (r.log_decay, *r.log_decay.stride()[:3], 0 if r.scalar_decay else r.log_decay.stride(3))
-    shape = {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": length, "PAIRS": writes == 2}
-    wide = shape | {"VALUE": r.value, "BV": cut.columns, "BS": cut.slice, "KEYED": not r.scalar_decay}
+    sizes = (rows, padded, chunks, r.batch)
+    shape = {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": length}
     exact = {"PRECISION": "tf32x3" if torch.version.cuda else "ieee", "SPLIT": split}
-    scaled = r.write_scale is not None
-    fast = empty(*heads, chunks, dtype=torch.int32)
-    turns = (True, length, cut.whole_warps), (False, PART, cut.part_warps)
-    for whole, part, warps in turns:
-        kernels.relate[(chunks * length // part, r.heads, r.batch)](
-            *q, *k, *decay, *along, *erase, system, seen, fast, rows, padded, chunks, **shape, **exact,
-            PART=part, WHOLE=whole, BS=cut.slice, KEYED=not r.scalar_decay, ERASES=r.erases,
-            OUTPUTS=outputs, num_warps=warps,
+    wide = shape | exact | {"VALUE": r.value, "ERASES": r.erases}
+    kinds = {"PAIRS": writes == 2, "HAS_SCALE": r.write_scale is not None}
+    grid = (chunks, r.heads, r.batch)
+    related = outputs or r.erases
+    system = empty(*heads, padded, length) if keyed and r.erases else kept
+    seen = empty(*heads, padded, length, dtype=rounded) if keyed and outputs else kept
+
+    def prepare(again: bool) -> None:
+        kernels.prepare[grid](
+            *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values, fast, *sizes,
+            **wide, **kinds, BS=cut.slice, BV=cut.prepared, KEYED=keyed, RELATED=again,
+            num_warps=cut.prepare_warps,
         )  # fmt: skip
-    if r.erases:
-        kernels.invert[(chunks, r.heads, r.batch)](
-            system, *erase, rows, padded, HEADS=r.heads, L=length, PAIRS=writes == 2, **exact,
-            num_warps=cut.invert_warps,
+
+    prepare(False)
+    if keyed and related:
+        kernels.relate[grid](
+            *q, *k, *decay, *along, *erase, system, seen, fast, *sizes[:3], **shape, **exact, PART=PART,
+            BS=cut.part_slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs, num_warps=cut.part_warps,
         )  # fmt: skip
-    kernels.solve[(chunks * pieces, r.heads, r.batch)](
-        *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values,
-        rows, padded, chunks, r.batch, **wide | {"BS": cut.solve_slice, "BV": cut.solve_columns}, **exact,
-        ERASES=r.erases, HAS_SCALE=scaled, num_warps=cut.solve_warps,
-    )  # fmt: skip
+    if keyed and r.erases:
+        prepare(True)
     held = sorted({(writes * p + writes - 1) // length for p in positions})
     entered, slots = final, kept
     if held:
@@ -217,33 +235,50 @@ def _run(
         slots = _to(slot, r.v)
         entered = empty(len(held), *heads, r.key, r.value)
     initial = final if r.initial_state is None else r.initial_state.contiguous()
-    kernels.walk[(r.heads * blocks, r.batch)](
-        remaining, kept, through, values, initial, final, states, energy, entered, slots,
-        padded, chunks, r.batch, HEADS=r.heads, KEY=r.key, VALUE=r.value, L=length, **exact, BK=cut.keys,
-        BV=cut.walked, STAGES=cut.walk_stages, ERASES=r.erases, HAS_INITIAL=r.initial_state is not None,
-        STORE=outputs or measure, MEASURE=measure, KEEP=bool(held), num_warps=cut.walk_warps,
+    kernels.walk[(r.heads * pieces * blocks * across, r.batch)](
+        *k, remaining, kept, through, *u, values, initial, final, states, energy, entered, slots, *sizes,
+        **wide, BK=cut.walked_keys, BV=cut.walked, BLOCKS=pieces * blocks, STAGES=cut.walk_stages, KEYED=keyed,
+        HAS_INITIAL=r.initial_state is not None, STORE=outputs or measure, MEASURE=measure, KEEP=bool(held),
+        num_warps=cut.walk_warps,
     )  # fmt: skip
     y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
-    if outputs:
-        kernels.read[(chunks * columns, r.heads, r.batch)](
-            *q, *v, *decay, values, states, seen, kept if r.skip is None else r.skip, y,
-            rows, padded, chunks, **wide, **exact, HAS_SKIP=r.skip is not None, num_warps=cut.read_warps,
+    found = empty(FIELDS, pieces, r.batch, rows, r.heads) if measure else kept
+
+    def read(y: Tensor | None, measure: bool, again: bool = False) -> None:
+        kernels.read[(chunks * pieces, r.heads, r.batch)](
+            *q, *k, *u, *v, *weight, *decay, *erase, states, energy, seen, fast,
+            kept if r.skip is None else r.skip, kept if y is None else y, found, *sizes, **wide, **kinds,
+            BS=cut.read_slice, BV=cut.columns, BLOCKS=energies, KEYED=keyed, DELTA=r.delta_rule,
+            HAS_SKIP=r.skip is not None, OUTPUTS=y is not None, MEASURE=measure, RELATED=again,
+            num_warps=cut.read_warps,
+        )  # fmt: skip
+
+    if y is not None and (cut.together or not measure):
+        read(y, measure)
+    elif y is not None:
+        read(y, False)
+    if measure and (y is None or not cut.together):
+        read(None, True)
+    if keyed and y is not None:
+        read(y, False, again=True)
+    if keyed and measure:
+        gained = empty(*heads, padded, r.key)
+        kernels.measure[grid](
+            *k, *u, *v, *weight, *decay, *erase, states, gained, fast, found, *sizes, **wide, **kinds,
+            PART=PART, BS=cut.part_slice, BV=cut.part_columns, PIECES=pieces, DELTA=r.delta_rule,
+            num_warps=cut.part_warps,
+        )  # fmt: skip
+        kernels.tally[grid](
+            *k, *decay, *erase, energy, gained, fast, found, *sizes, **shape, FIELDS=FIELDS, BK=cut.keys,
+            BLOCKS=energies, PIECES=pieces, PAIRS=writes == 2, num_warps=cut.tally_warps,
         )  # fmt: skip
     steps, erased = None, None
     if measure:
-        erased = empty(2, r.batch, rows, r.heads) if r.delta_rule else None
-        sums, written, cross, added, both, decayed, total, pace = empty(8, r.batch, rows, r.heads)
-        for whole, part, warps in turns:
-            kernels.measure[(chunks * length // part, r.heads, r.batch)](
-                *k, *v, *weight, *decay, *erase, values, states, fast, gained, sums, written, cross, added,
-                both, kept if erased is None else erased, rows, padded, chunks, r.batch, **wide, **exact,
-                PART=part, WHOLE=whole, DELTA=r.delta_rule, HAS_SCALE=scaled, num_warps=warps,
-            )  # fmt: skip
-        kernels.tally[(chunks, r.heads, r.batch)](
-            *k, *decay, *erase, energy, gained, sums, decayed, total, pace, rows, padded, chunks, r.batch,
-            **shape, BK=cut.keys, BLOCKS=blocks, num_warps=cut.tally_warps,
-        )  # fmt: skip
-        mean = (total + added) / (r.key * r.value)
+        decayed, written, cross, total, _, both, _ = (x[0] if pieces == 1 else x.sum(0) for x in found)
+        pace = found[4, 0] if keyed else r.log_decay.float()
+        if r.delta_rule:
+            erased = torch.stack([both.sqrt(), found[6, 0]])
+        mean = total / (r.key * r.value)
         steps = _steps(Measured(decayed, written, cross, mean), both, pace, writes)
     at = [_after(r, writes, entered[held.index((writes * p + writes - 1) // length)], p, length, values)
           for p in positions]  # fmt: skip
@@ -276,7 +311,11 @@ def _after(
     remaining = log_decay.flip(1).cumsum(1).flip(1)
     survives = torch.cat([remaining[:, 1:], torch.zeros_like(remaining[:, :1])], 1).exp()
     keys = r.k[:, past].float().repeat_interleave(r.heads // r.groups, 2) * survives
-    u = values[:, :, writes * first : writes * (position + 1)]
+    if r.erases:
+        u = values[:, :, writes * first : writes * (position + 1)]
+    else:
+        u = r.v[:, past].float() if r.write_scale is None else r.v[:, past] * r.write_scale[:, past, :, None]
+        u = u.float().transpose(1, 2)
     added = keys.permute(0, 2, 3, 1) @ u[:, :, writes - 1 :: writes]
     if writes == 2:
         assert r.a is not None

@@ -84,24 +84,12 @@ def _of_row(x, row):
 
 
 @triton.jit
-def _running(g, KEYED: tl.constexpr, BACK: tl.constexpr):
-    """Sums of all rows up to each, or from each on."""
-    if KEYED:
-        found = tl.cumsum(g, 0, reverse=BACK)
-    else:
-        found = tl.cumsum(tl.sum(g, 1), 0, reverse=BACK)[:, None]
-    return found
-
-
-@triton.jit
-def _early(g, rows, begin, KEYED: tl.constexpr):
+def _early(g, rows, begin):
     """What survives from each row on to the row ``begin``, where its part begins; one over it within."""
     past = tl.where((rows < begin)[:, None], g, 0.0)
     within = tl.where((rows >= begin)[:, None], g, 0.0)
-    found = tl.where(
-        (rows < begin)[:, None], _running(past, KEYED, True) - past, -_running(within, KEYED, False)
-    )
-    return _factor(found)
+    earlier = tl.cumsum(past, 0, reverse=True) - past
+    return _factor(tl.where((rows < begin)[:, None], earlier, -tl.cumsum(within, 0)))
 
 
 @triton.jit
@@ -208,132 +196,60 @@ def _finite(x):
     return tl.where(good, x, 0.0), tl.min(good.to(tl.int32), 1)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def relate(
-    q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
-    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, fast,
-    ROWS, PADDED, CHUNKS,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
-    L: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr, BS: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    KEYED: tl.constexpr, PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # fmt: skip
-    r"""Relate the rows of each chunk: what they erase, and what their queries read, of earlier writes.
-
-    ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
-    :math:`j \le t`, where x is what erases (:func:`solve`), or the query. The decay between two rows is split
-    where the later one's part begins, with WHOLE the chunk. Where a key forgets too much for that, ``fast``
-    (batch, head, chunk) is 1, and the chunk is for a second launch. Grid: (chunks * parts, heads, batch).
-    """
-    parts: tl.constexpr = L // PART
-    chunk = (tl.program_id(0) // parts).to(tl.int64)
-    begin = tl.program_id(0) % parts * PART
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    fast += (batch * HEADS + head) * CHUNKS + chunk
-    if not WHOLE:
-        if tl.load(fast) == 0:
-            return
-    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
-    rows = tl.arange(0, L)
-    own = begin + tl.arange(0, PART)
-    tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
-    own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
-    a += batch * a_b + first * a_t + head * a_h
-    b += batch * b_b + first * b_t + head * b_h
-    log_decay += batch * g_b + first * g_t + head * g_h
-    erased = tl.zeros((PART, L), tl.float32)
-    read = tl.zeros((PART, L), tl.float32)
-    too_far = 0
-    for start in range(0, KEY, BS):
-        keys = start + tl.arange(0, BS)
-        paces = start + tl.arange(0, BS if KEYED else 1)
-        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY)
-        early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-        kt = early
-        if WHOLE:
-            local = _running(g, KEYED, False)
-            early *= _factor(-local)
-            far = _too_far(local)
-            too_far = tl.maximum(too_far, far.to(tl.int32))
-        else:
-            early *= _early(g, rows, begin, KEYED)
-            g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, paces, KEY)
-            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-            local = _running(g, KEYED, False)
-            far = _too_far(local)
-            if far:
-                early = tl.where((rows < begin)[:, None], early, 0.0)
-        if ERASES:
-            xt, at = kt, local
-            if PAIRS:
-                asked = own_decays[:, None] & (keys < KEY)[None, :]
-                xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
-                xt, at = xt.to(tl.float32), local - g
-            erased = _exact(xt * tl.exp2(at), tl.trans(early), erased, SPLIT, PRECISION)
-            if not WHOLE:
-                if far:
-                    erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
-        if OUTPUTS:
-            asked = own_ends[:, None] & (keys < KEY)[None, :]
-            qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
-            qt = qt.to(tl.float32)
-            read = _dot(qt * tl.exp2(local), tl.trans(early), read, SPLIT, PRECISION)
-            if not WHOLE:
-                if far:
-                    read += _one_by_one(qt, local, kt, local, begin, rows, PART)
-    if WHOLE:
-        tl.store(fast, too_far)
-    related = own[:, None] >= rows[None, :]
-    at = (((batch * HEADS + head) * PADDED + chunk * L) + own)[:, None] * L + rows[None, :]
-    if ERASES:
-        tl.store(system + at, tl.where(related, erased, 0.0))
-    if OUTPUTS:
-        tl.store(seen + at, tl.where(related, read, 0.0).to(seen.dtype.element_ty))
+@triton.jit
+def _twice(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of what feeds back with an input, which is its own first half."""
+    if SPLIT:
+        high, low = _halves(a)
+        b = b.to(tl.bfloat16)
+        found = tl.dot(high, b, tl.dot(low, b, c))
+    else:
+        found = tl.dot(a, b.to(tl.float32), c, input_precision=PRECISION)
+    return found
 
 
-@triton.jit(do_not_specialize=SIZES)
-def invert(
-    system, a, a_b, a_t, a_h,
-    ROWS, PADDED,
-    HEADS: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr,
-):  # fmt: skip
-    r"""Invert :math:`I - M` of each chunk, in place of :math:`M`, which is ``system`` times ``a``.
+@triton.jit
+def _decay_of_rows(log_decay, g_t, tokens, decays):
+    """Log decay of rows that is the same for all keys, base 2, and its sums up to each."""
+    g = _bounded(tl.load(log_decay + tokens * g_t, mask=decays, other=0.0))
+    return g, tl.cumsum(g, 0)
 
-    From the first row on that a NaN or an infinity reaches, the inverse is NaN; nothing above feels it.
-    Grid: (chunks, heads, batch).
-    """
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    rows = tl.arange(0, L)
-    system += ((batch * HEADS + head) * PADDED + chunk * L) * L
-    at = rows[:, None] * L + rows[None, :]
-    found, fine = _finite(tl.load(system + at))
-    if not PAIRS:
-        rate = tl.load(
-            a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=chunk * L + rows < ROWS, other=0.0
-        ).to(tl.float32)
-        found *= rate[:, None]
-        fine = tl.where(tl.abs(rate) < float("inf"), fine, 0)
+
+@triton.jit
+def _between(local, rows):
+    """What survives from each earlier row, across, to each row, down; 1 where it is not earlier."""
+    past = rows[:, None] >= rows[None, :]
+    return tl.exp2(tl.where(past, local[:, None] - local[None, :], 0.0))
+
+
+@triton.jit
+def _decay_then_add(f, x, d, f_next, x_next, d_next):
+    """Join two stretches of rows: all they keep, what is left of what they add, and that before the last."""
+    kept = f_next * x
+    return f * f_next, kept + x_next, kept + d_next
+
+
+@triton.jit
+def _inverted(system, rate, rows, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Invert I - M, M being ``system`` times ``rate``: NaN from the first row on that is not finite."""
+    found, fine = _finite(system)
+    found *= rate[:, None]
+    fine = tl.where(tl.abs(rate) < float("inf"), fine, 0)
     mark = _since_bad(fine == 0)[:, None]
     found = tl.where((rows[:, None] > rows[None, :]) & (mark == mark), found, 0.0)
-    tl.store(system + at, _inverse(found, L, SPLIT, PRECISION) + mark)
+    return _inverse(found, L, SPLIT, PRECISION) + mark
 
 
 @triton.jit(do_not_specialize=SIZES)
-def solve(
+def prepare(
     k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
     b, b_b, b_t, b_h, a, a_b, a_t, a_h,
-    system, remaining, kept, through, values,
+    system, remaining, kept, through, values, fast,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     KEYED: tl.constexpr, PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+    RELATED: tl.constexpr,
 ):  # fmt: skip
     r"""Find what each chunk does to whatever state enters it, all chunks at once.
 
@@ -343,89 +259,158 @@ def solve(
 
     ``values`` is :math:`T W V`, ``through`` :math:`T X`, ``remaining`` :math:`K_{rem}`, the keys decayed to
     the chunk's end, and ``kept`` :math:`e^{G_L}`. Under the delta rule :math:`X` is the key, decayed up to
-    the row's own token, times ``a``; otherwise ``b``, decayed up to the token before.
-    Grid: (chunks * (slices of keys + blocks of values), heads, batch).
+    the row's own token, times ``a``; otherwise ``b``, decayed up to the token before. Where nothing is
+    erased, U is W V: W is taken into ``remaining``. Without KEYED ``remaining`` is what survives of each row,
+    one number (batch, head, row), and ``kept`` one (batch, head, chunk).
+
+    With KEYED, ``fast`` (batch, head, chunk) is 1 where a key forgets too much to relate all rows of a chunk
+    at once. What such a chunk erases is taken from ``system``, by a second launch with RELATED
+    (:func:`relate`). Grid: (chunks, heads, batch).
     """
-    slices: tl.constexpr = (KEY + BS - 1) // BS
-    pieces: tl.constexpr = slices + (VALUE + BV - 1) // BV
-    chunk = (tl.program_id(0) // pieces).to(tl.int64)
-    piece = tl.program_id(0) % pieces
+    chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
+    of_chunk = (batch * HEADS + head) * CHUNKS + chunk
+    if RELATED:
+        if tl.load(fast + of_chunk) == 0:
+            return
     rows = tl.arange(0, L)
     tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
     first = chunk * (L // 2) if PAIRS else chunk * L
     row = (batch * HEADS + head) * PADDED + chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    v += batch * v_b + first * v_t + head * v_h
+    a += batch * a_b + first * a_t + head * a_h
+    b += batch * b_b + first * b_t + head * b_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
+    weight = tl.full((L,), 1.0, tl.float32)
+    if HAS_SCALE:
+        scale += batch * w_b + first * w_t + head * w_h
+        weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+    if not KEYED:
+        pace, run = _decay_of_rows(log_decay, g_t, tokens, decays)
     if ERASES:
-        inverse = tl.load(system + (row + rows)[:, None] * L + rows[None, :])
-    if piece < slices:
-        k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-        a += batch * a_b + first * a_t + head * a_h
-        log_decay += batch * g_b + first * g_t + head * g_h
-        kept += ((batch * HEADS + head) * CHUNKS + chunk) * KEY
-        keys = piece * BS + tl.arange(0, BS)
-        paces = piece * BS + tl.arange(0, BS if KEYED else 1)
-        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY)
-        spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
-        g = _finite(g)[0]
-        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-        inside = (keys < KEY)[None, :] & (rows < L)[:, None]
-        of_rows = (row + rows)[:, None] * KEY + keys[None, :]
-        plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
-        _put(kt * tl.exp2(_running(g, KEYED, True) - g) + spoilt, remaining + of_rows, plane, inside, SPLIT)
-        of_chunk = tl.exp2(tl.sum(g, 0)[None, :]) + spoilt + tl.zeros((1, BS), tl.float32)
-        tl.store(kept + keys, tl.sum(of_chunk, 0), mask=keys < KEY)
-        if ERASES:
-            before = _running(g, KEYED, False)
-            if PAIRS:
-                b += batch * b_b + first * b_t + head * b_h
-                asked = decays[:, None] & (keys < KEY)[None, :]
-                xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0).to(tl.float32)
-                before -= g
+        rate = tl.full((L,), 1.0, tl.float32)
+        if not PAIRS:
+            rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
+        if RELATED:
+            erased = tl.load(system + (row + rows)[:, None] * L + rows[None, :])
+        else:
+            erased = tl.zeros((L, L), tl.float32)
+            too_far = 0
+            for start in range(0, KEY, BS):
+                keys = start + tl.arange(0, BS)
+                kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+                if KEYED:
+                    g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+                    local = tl.cumsum(g, 0)
+                    far = _too_far(local)
+                    too_far = tl.maximum(too_far, far.to(tl.int32))
+                    xt, at = kt, local
+                    if PAIRS:
+                        asked = decays[:, None] & (keys < KEY)[None, :]
+                        xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
+                        xt, at = xt.to(tl.float32), local - g
+                    early = tl.trans(kt * _factor(-local))
+                    erased = _exact(xt * tl.exp2(at), early, erased, SPLIT, PRECISION)
+                else:
+                    erased = _dot(kt, tl.trans(kt), erased, SPLIT, PRECISION)
+            if KEYED:
+                tl.store(fast + of_chunk, too_far)
+                if too_far > 0:
+                    return
             else:
-                xt = kt * tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)[:, None]
-            xt = _finite(xt)[0] * tl.exp2(before)
-            found = _exact(inverse, xt, tl.zeros((L, BS), tl.float32), SPLIT, PRECISION)
-            _put(found, through + of_rows, plane, inside, SPLIT)
-    else:
-        v += batch * v_b + first * v_t + head * v_h
-        columns = (piece - slices) * BV + tl.arange(0, BV)
-        shown = ends[:, None] & (columns < VALUE)[None, :]
-        u = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
-        if HAS_SCALE:
-            scale += batch * w_b + first * w_t + head * w_h
-            u *= tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)[:, None]
-        if ERASES:
+                erased *= _between(run, rows)
+        erased = tl.where(rows[:, None] >= rows[None, :], erased, 0.0)
+        inverse = _inverted(erased, rate, rows, L, SPLIT, PRECISION)
+    if not KEYED:
+        later = tl.cumsum(pace, 0, reverse=True) - pace
+        survives = tl.exp2(later)
+        if not ERASES:
+            survives *= weight
+        tl.store(remaining + row + rows, survives)
+        tl.store(kept + of_chunk, tl.exp2(tl.sum(pace, 0)))
+    if KEYED or ERASES:
+        too_far = 0
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+            inside = (keys < KEY)[None, :] & (rows < L)[:, None]
+            of_rows = (row + rows)[:, None] * KEY + keys[None, :]
+            if KEYED:
+                g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+                spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
+                g = _finite(g)[0]
+                later = tl.cumsum(g, 0, reverse=True) - g
+                left = kt * tl.exp2(later) + spoilt
+                if not ERASES:
+                    left *= weight[:, None]
+                _put(left, remaining + of_rows, plane, inside, SPLIT)
+                total = tl.sum(g, 0)[None, :]
+                far = _too_far(total)
+                too_far = tl.maximum(too_far, far.to(tl.int32))
+                of_keys = tl.exp2(total) + spoilt + tl.zeros((1, BS), tl.float32)
+                tl.store(kept + of_chunk * KEY + keys, tl.sum(of_keys, 0), mask=keys < KEY)
+            if ERASES:
+                if KEYED:
+                    xt = kt * rate[:, None]
+                    before = tl.cumsum(g, 0)
+                    if PAIRS:
+                        asked = decays[:, None] & (keys < KEY)[None, :]
+                        xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
+                        xt = xt.to(tl.float32)
+                        before -= g
+                    xt = _finite(xt)[0] * tl.exp2(before)
+                    found = _exact(inverse, xt, tl.zeros((L, BS), tl.float32), SPLIT, PRECISION)
+                else:
+                    early = rate * tl.exp2(run)
+                    early = tl.where(tl.abs(early) < float("inf"), early, 0.0)
+                    found = tl.zeros((L, BS), tl.float32)
+                    found = _twice(inverse * early[None, :], _finite(kt)[0], found, SPLIT, PRECISION)
+                _put(found, through + of_rows, plane, inside, SPLIT)
+        if KEYED and not ERASES:
+            tl.store(fast + of_chunk, too_far)
+    if ERASES:
+        fine = tl.abs(weight) < float("inf")
+        mark = _since_bad(~fine)[:, None]
+        inverse *= tl.where(fine, weight, 0.0)[None, :]
+        for start in range(0, VALUE, BV):
+            columns = start + tl.arange(0, BV)
+            shown = ends[:, None] & (columns < VALUE)[None, :]
+            u = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
             u, bad_from = _marked(u)
-            u = _exact(inverse, u, tl.zeros((L, BV), tl.float32), SPLIT, PRECISION)
-            u += bad_from
-        own_values = (columns < VALUE)[None, :] & (rows < L)[:, None]
-        tl.store(values + (row + rows[:, None]) * VALUE + columns[None, :], u, mask=own_values)
+            u = _twice(inverse, u, tl.zeros((L, BV), tl.float32), SPLIT, PRECISION) + bad_from + mark
+            own_values = (columns < VALUE)[None, :] & (rows < L)[:, None]
+            tl.store(values + (row + rows[:, None]) * VALUE + columns[None, :], u, mask=own_values)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk(
-    remaining, kept, through, values, initial, final, states, energy, entered, slots,
-    PADDED, CHUNKS, BATCH,
-    HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    k, k_b, k_t, k_g, remaining, kept, through, u, u_b, u_t, u_h, values, initial, final, states, energy,
+    entered, slots,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, KEYED: tl.constexpr,
     ERASES: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE: tl.constexpr, MEASURE: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Walk all chunks with some columns of the state in registers.
+    """Walk all chunks with a block of the state in registers: some columns, and some keys if none erases.
 
-    ``values`` is given what each chunk writes. ``states`` (batch, head, chunk, key, value) is the state that
-    enters each, and ``energy`` (2, batch, head, chunk, block, key) the energy of each of its rows in these
-    columns, and the sum of its entries. With KEEP ``entered`` (kept, batch, head, key, value) is the state
-    that enters each chunk whose entry of ``slots`` is not -1. Grid: (head * blocks of columns, batch).
+    ``values`` is given what each chunk writes, where ``u`` is not that already. ``states`` (batch, head,
+    chunk, key, value) is the state that enters each, and ``energy`` (2, batch, head, chunk, block, key) the
+    energy of each of its rows in these columns, and the sum of its entries; without KEYED of all of the
+    block's rows, (2, batch, head, chunk, block). With KEEP ``entered`` (kept, batch, head, key, value) is
+    the state that enters each chunk whose entry of ``slots`` is not -1. Grid: (head * blocks of columns and keys, batch).
     """
-    blocks: tl.constexpr = (VALUE + BV - 1) // BV
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    across: tl.constexpr = (KEY + BK - 1) // BK
+    head = tl.program_id(0) // (BLOCKS * across)
+    block = tl.program_id(0) // across % BLOCKS
+    part = tl.program_id(0) % across
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, L)
-    keys = tl.arange(0, BK)
+    keys = part * BK + tl.arange(0, BK)
     columns = block * BV + tl.arange(0, BV)
     inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
     own = batch * HEADS + head
@@ -439,13 +424,20 @@ def walk(
     else:
         state = tl.zeros((BK, BV), tl.float32)
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
-    remaining += own * PADDED * KEY
     through += own * PADDED * KEY
     values += own * PADDED * VALUE
-    kept += own * CHUNKS * KEY
+    u += batch * u_b + head * u_h
     states += own * CHUNKS * (KEY * VALUE)
-    energy += (own * CHUNKS * blocks + block) * KEY
-    entries = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (blocks * KEY)
+    entries = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (BLOCKS * (KEY if KEYED else across))
+    if KEYED:
+        remaining += own * PADDED * KEY
+        kept += own * CHUNKS * KEY
+        energy += (own * CHUNKS * BLOCKS + block) * KEY
+    else:
+        remaining += own * PADDED
+        kept += own * CHUNKS
+        energy += own * CHUNKS * (BLOCKS * across) + block * across + part
+        k += batch * k_b + (head // (HEADS // GROUPS)) * k_g
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
         if KEEP:
             slot = tl.load(slots + chunk)
@@ -455,191 +447,440 @@ def walk(
         if STORE:
             tl.store(states + of_state, state.to(states.dtype.element_ty), mask=inside)
         if MEASURE:
-            tl.store(energy + keys, tl.sum(state * state, 1), mask=keys < KEY)
-            tl.store(energy + entries + keys, tl.sum(state, 1), mask=keys < KEY)
-        u = tl.load(values + of_values, mask=shown, other=0.0)
-        keep = tl.load(kept + keys, mask=keys < KEY, other=0.0)[:, None]
-        if SPLIT:
+            if KEYED:
+                tl.store(energy + keys, tl.sum(state * state, 1), mask=keys < KEY)
+                tl.store(energy + entries + keys, tl.sum(state, 1), mask=keys < KEY)
+            else:
+                tl.store(energy, tl.sum(state * state))
+                tl.store(energy + entries, tl.sum(state))
+        there = (rows < ROWS - chunk * L)[:, None]
+        if ERASES:
+            written = tl.load(values + of_values, mask=shown, other=0.0)
+        else:
+            asked = there & (columns < VALUE)[None, :]
+            written = tl.load(u + rows[:, None] * u_t + columns[None, :], mask=asked, other=0.0)
+        if KEYED:
+            keep = tl.load(kept + keys, mask=keys < KEY, other=0.0)[:, None]
             kt = tl.load(remaining + of_keys, mask=own_keys, other=0.0)
-            kt_low = tl.load(remaining + plane + of_keys, mask=own_keys, other=0.0)
-            if ERASES:
-                xt = tl.load(through + of_keys, mask=own_keys, other=0.0)
+            if SPLIT:
+                kt_low = tl.load(remaining + plane + of_keys, mask=own_keys, other=0.0)
+        else:
+            keep = tl.load(kept)
+            asked = there & (keys < KEY)[None, :]
+            kt = tl.load(k + rows[:, None] * k_t + keys[None, :], mask=asked, other=0.0)
+            survives = tl.load(remaining + rows)[:, None]
+        if ERASES:
+            xt = tl.load(through + of_keys, mask=own_keys, other=0.0)
+            if SPLIT:
                 xt_low = tl.load(through + plane + of_keys, mask=own_keys, other=0.0)
                 high, low = _halves(state)
-                u = tl.dot(xt, high, tl.dot(xt, low, tl.dot(xt_low, high, u)))
-            high, low = _halves(u)
-            state *= keep
-            state = tl.dot(tl.trans(kt), low, tl.dot(tl.trans(kt_low), high, state))
-            state = tl.dot(tl.trans(kt), high, state)
+                written = tl.dot(xt, high, tl.dot(xt, low, tl.dot(xt_low, high, written)))
+            else:
+                written = tl.dot(xt, state, written, input_precision=PRECISION)
+            tl.store(values + of_values, written, mask=shown)
+        state *= keep
+        if not KEYED:
+            written = written.to(tl.float32) * survives
+        if SPLIT:
+            if KEYED and not ERASES:
+                state = tl.dot(tl.trans(kt_low), written, state)
+                state = tl.dot(tl.trans(kt), written, state)
+            else:
+                high, low = _halves(written)
+                state = tl.dot(tl.trans(kt), low, state)
+                if KEYED:
+                    state = tl.dot(tl.trans(kt_low), high, state)
+                state = tl.dot(tl.trans(kt), high, state)
         else:
-            kt = tl.load(remaining + of_keys, mask=own_keys, other=0.0)
-            if ERASES:
-                xt = tl.load(through + of_keys, mask=own_keys, other=0.0)
-                u = tl.dot(xt, state, u, input_precision=PRECISION)
-            state = tl.dot(tl.trans(kt), u, state * keep, input_precision=PRECISION)
-        if ERASES:
-            tl.store(values + of_values, u, mask=shown)
-        remaining += L * KEY
+            kt, written = tl.trans(kt.to(tl.float32)), written.to(tl.float32)
+            state = tl.dot(kt, written, state, input_precision=PRECISION)
         through += L * KEY
         values += L * VALUE
-        kept += KEY
+        u += L * u_t
+        k += L * k_t
         states += KEY * VALUE
-        energy += blocks * KEY
+        remaining += L * KEY if KEYED else L
+        kept += KEY if KEYED else 1
+        energy += BLOCKS * KEY if KEYED else BLOCKS * across
     tl.store(final + own * (KEY * VALUE) + of_state, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def read(
-    q, q_b, q_t, q_g, v, v_b, v_t, v_h, log_decay, g_b, g_t, g_h, g_k, values, states, seen, skip, y,
-    ROWS, PADDED, CHUNKS,
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
+    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
+    states, energy, seen, fast, skip, y, found,
+    ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    KEYED: tl.constexpr, PAIRS: tl.constexpr, HAS_SKIP: tl.constexpr,
+    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    KEYED: tl.constexpr, PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SKIP: tl.constexpr,
+    OUTPUTS: tl.constexpr, MEASURE: tl.constexpr, RELATED: tl.constexpr,
 ):  # fmt: skip
-    """Read each chunk with its queries, all at once. Grid: (chunks * blocks of values, heads, batch)."""
-    blocks: tl.constexpr = (VALUE + BV - 1) // BV
-    chunk = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
+    r"""Read each chunk with its queries, and bring what is written and what is stored together.
+
+    ``found`` is (field, piece, batch, row, head), all sums over the columns of a piece: the energy of the
+    state once it has decayed, before the write; :math:`|U_t|^2`; :math:`\langle D_t, U_t \rangle`; the sum
+    of the state's entries after the write; the mean log decay (with KEYED); under the delta rule the energy
+    of what is erased, and the share of it along the key, with PAIRS the product of a token's two writes.
+    With PAIRS the second row of each token leaves the first out of its :math:`\langle D_t, U_t \rangle`.
+
+    ``u`` is what is written, without ERASES before it is scaled. Chunks that are ``fast`` (:func:`prepare`)
+    are left to a second launch, with RELATED, which takes from ``seen`` what queries read of their chunk.
+    Grid: (chunks * pieces, heads, batch).
+    """
+    pieces: tl.constexpr = (VALUE + BV - 1) // BV
+    chunk = (tl.program_id(0) // pieces).to(tl.int64)
+    piece = tl.program_id(0) % pieces
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    rows = tl.arange(0, L)
-    tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
-    first = chunk * (L // 2) if PAIRS else chunk * L
     own = batch * HEADS + head
+    if KEYED:
+        if (tl.load(fast + own * CHUNKS + chunk) != 0) != RELATED:
+            return
+    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    rows = tl.arange(0, L)
+    tokens, decays, ends = _tokens(rows, left, PAIRS)
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    columns = piece * BV + tl.arange(0, BV)
     q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + first * a_t + head * a_h
+    v += batch * v_b + first * v_t + head * v_h
     log_decay += batch * g_b + first * g_t + head * g_h
     states += (own * CHUNKS + chunk) * (KEY * VALUE)
-    out = tl.zeros((L, BV), tl.float32)
-    for start in range(0, KEY, BS):
-        keys = start + tl.arange(0, BS)
-        paces = start + tl.arange(0, BS if KEYED else 1)
-        asked = ends[:, None] & (keys < KEY)[None, :]
-        qt = tl.load(q + tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0).to(tl.float32)
-        qt *= tl.exp2(
-            _running(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY), KEYED, False)
-        )
-        inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-        state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-        out = _dot(qt, state, out, SPLIT, PRECISION)
-    row = own * PADDED + chunk * L
-    shown = (columns < VALUE)[None, :] & (rows < L)[:, None]
-    u = tl.load(values + (row + rows)[:, None] * VALUE + columns[None, :], mask=shown, other=0.0)
-    u, spoilt = _marked(u)
-    related = tl.load(seen + (row + rows)[:, None] * L + rows[None, :])
-    out = _dot(related, u, out, SPLIT, PRECISION) + spoilt
+    u += batch * u_b + chunk * L * u_t + head * u_h
+    shown = (columns < VALUE)[None, :] & (rows < left)[:, None]
+    ut = tl.load(u + rows[:, None] * u_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
+    weight = tl.full((L,), 1.0, tl.float32)
+    if HAS_SCALE:
+        scale += batch * w_b + first * w_t + head * w_h
+        weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+        if not ERASES:
+            ut *= weight[:, None]
     there = ends[:, None] & (columns < VALUE)[None, :]
-    if HAS_SKIP:
-        v += batch * v_b + first * v_t + head * v_h
-        vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
-        out += tl.load(skip + head).to(tl.float32) * vt.to(tl.float32)
-    time = ROWS // 2 if PAIRS else ROWS
-    at = ((batch * time + first + tokens[:, None]) * HEADS + head) * VALUE + columns[None, :]
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
+    past = rows[:, None] >= rows[None, :]
+    if MEASURE:
+        before = rows[:, None] > rows[None, :]
+        gram = _dot(ut, tl.trans(ut), tl.zeros((L, L), tl.float32), SPLIT, PRECISION)
+        squares = _along(ut * ut)
+        total = _along(ut)
+        apart = before
+        beside = tl.zeros((L, 1), tl.float32)
+        if PAIRS:
+            apart = before & ~(ends[:, None] & (rows[:, None] == rows[None, :] + 1))
+            at = (rows[:, None] - 1) * u_t + columns[None, :]
+            beside = _along(ut * tl.load(u + at, mask=there, other=0.0))
+        if DELTA:
+            vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+            if SPLIT:  # as it was multiplied, so that nothing is removed where nothing is there
+                high, low = _halves(weight)
+                weight = high.to(tl.float32) + low.to(tl.float32)
+            vt = vt.to(tl.float32) * weight[:, None]
+            removed = _along((ut - vt) * (ut - vt))
+        gram = tl.where(apart, gram, 0.0)
+        key_squares = tl.zeros((L, 1), tl.float32)
+        key_sums = tl.zeros((L, 1), tl.float32)
+        pair_products = tl.zeros((L, 1), tl.float32)
+        crossed = tl.zeros((L, 1), tl.float32)
+        decayed = tl.zeros((L, 1), tl.float32)
+        entries = tl.zeros((L, 1), tl.float32)
+        paces = tl.zeros((L, 1), tl.float32)
+        plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (pieces * BLOCKS * (KEY if KEYED else 1))
+    out = tl.zeros((L, BV), tl.float32)
+    read_of = tl.zeros((L, L), tl.float32)
+    if KEYED:
+        energy += ((own * CHUNKS + chunk) * pieces + piece) * (BLOCKS * KEY)
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            wide = (keys < KEY)[None, :]
+            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+            g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+            local = tl.cumsum(g, 0)
+            if OUTPUTS:
+                qt = tl.load(q + tokens[:, None] * q_t + keys[None, :], mask=ends[:, None] & wide, other=0.0)
+                qt = qt.to(tl.float32) * tl.exp2(local)
+                out = _dot(qt, state, out, SPLIT, PRECISION)
+            if not RELATED:
+                kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+                early = kt * _factor(-local)
+                if OUTPUTS:
+                    read_of = _dot(qt, tl.trans(early), read_of, SPLIT, PRECISION)
+            if MEASURE:
+                early = _finite(early)[0]
+                stored = _dot(ut, tl.trans(state), tl.zeros((L, BS), tl.float32), SPLIT, PRECISION)
+                stored = _dot(gram, early, stored, SPLIT, PRECISION) * tl.exp2(local) * kt
+                crossed += _along(stored)
+                key_squares += _along(kt * kt)
+                key_sums += _along(kt)
+                gained = 2 * stored + kt * kt * squares
+                if PAIRS:
+                    asked = ends[:, None] & wide
+                    pair = tl.load(a + tokens[:, None] * a_t + keys[None, :], mask=asked, other=0.0)
+                    pair = kt * pair.to(tl.float32)
+                    pair_products += _along(pair)
+                    gained += 2 * pair * beside
+                of_rows = tl.zeros((BS,), tl.float32)
+                sums = tl.zeros((BS,), tl.float32)
+                for block in range(BLOCKS):
+                    of_rows += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
+                    sums += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
+                falls, _, rest = tl.associative_scan(
+                    (tl.exp2(2 * g), gained, tl.zeros_like(gained)), 0, _decay_then_add
+                )
+                decayed += _along(falls * of_rows[None, :] + rest)
+                entries += _along(tl.exp2(local) * (sums[None, :] + tl.cumsum(early * total, 0)))
+                raw = tl.load(
+                    log_decay + tokens[:, None] * g_t + keys[None, :] * g_k,
+                    mask=decays[:, None] & wide, other=0.0,
+                )  # fmt: skip
+                paces += _along(raw.to(tl.float32))
+    else:
+        of_keys = tl.zeros((L, L), tl.float32)
+        of_state = tl.zeros((L, BV), tl.float32)
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            asked = ends[:, None] & (keys < KEY)[None, :]
+            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+            kt = tl.load(k + tokens[:, None] * k_t + keys[None, :], mask=asked, other=0.0)
+            if not SPLIT:
+                kt = kt.to(tl.float32)
+            if OUTPUTS:
+                qt = tl.load(q + tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
+                if not SPLIT:
+                    qt = qt.to(tl.float32)
+                read_of = _dot(qt, tl.trans(kt), read_of, SPLIT, PRECISION)
+                out = _dot(qt, state, out, SPLIT, PRECISION)
+            if MEASURE:
+                of_keys = _dot(kt, tl.trans(kt), of_keys, SPLIT, PRECISION)
+                of_state = _dot(kt, state, of_state, SPLIT, PRECISION)
+                kt = kt.to(tl.float32)
+                key_squares += _along(kt * kt)
+                key_sums += _along(kt)
+        local = _decay_of_rows(log_decay, g_t, tokens, decays)[1]
+        between = _between(local, rows)
+        since = tl.exp2(local)[:, None]
+        read_of *= between
+        out *= since
+        if MEASURE:
+            crossed = _along(ut * of_state) * since + _along(tl.where(apart, gram * of_keys * between, 0.0))
+            gained = tl.trans(2 * crossed + key_squares * squares)
+            added = tl.trans(key_sums * total)
+            energy += ((own * CHUNKS + chunk) * pieces + piece) * BLOCKS
+            of_rows = 0.0
+            sums = 0.0
+            for block in range(BLOCKS):
+                of_rows += tl.load(energy + block)
+                sums += tl.load(energy + plane + block)
+            decayed = since * since * of_rows + _along(tl.where(before, between * between * gained, 0.0))
+            entries = since * sums + _along(tl.where(past, between * added, 0.0))
+    if OUTPUTS:
+        if RELATED:
+            read_of = tl.load(seen + (own * PADDED + chunk * L + rows)[:, None] * L + rows[None, :])
+        else:
+            read_of = tl.where(past, read_of, 0.0)
+        ut, spoilt = _marked(ut)
+        out = _dot(read_of, ut, out, SPLIT, PRECISION) + spoilt
+        if HAS_SKIP:
+            vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+            out += tl.load(skip + head).to(tl.float32) * vt.to(tl.float32)
+        time = ROWS // 2 if PAIRS else ROWS
+        at = ((batch * time + first + tokens[:, None]) * HEADS + head) * VALUE + columns[None, :]
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
+    if MEASURE:
+        field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
+        at = piece * field + (batch * ROWS + chunk * L + rows)[:, None] * HEADS + head
+        field *= pieces
+        here = (rows < left)[:, None]
+        tl.store(found + at, decayed, mask=here)
+        tl.store(found + field + at, key_squares * squares, mask=here)
+        tl.store(found + 2 * field + at, crossed, mask=here)
+        tl.store(found + 3 * field + at, entries, mask=here)
+        if KEYED:
+            tl.store(found + 4 * field + at, paces / KEY, mask=here)
+        if PAIRS:
+            tl.store(found + 5 * field + at, beside * pair_products, mask=here)
+        if DELTA:
+            rate = tl.load(a + rows * a_t, mask=rows < left, other=0.0).to(tl.float32)[:, None]
+            tl.store(found + 5 * field + at, key_squares * removed, mask=here)
+            tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def relate(
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
+    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, fast,
+    ROWS, PADDED, CHUNKS,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    r"""Relate the rows of chunks that are ``fast``: what they erase, and what queries read, of earlier writes.
+
+    ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
+    :math:`j \le t`, where x is what erases (:func:`prepare`), or the query. The decay between two rows is
+    split where the later one's part begins, and what a key forgets too much for within a part is found pair
+    by pair. Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    if tl.load(fast + (batch * HEADS + head) * CHUNKS + chunk) == 0:
+        return
+    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    rows = tl.arange(0, L)
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
+    a += batch * a_b + first * a_t + head * a_h
+    b += batch * b_b + first * b_t + head * b_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    for begin in range(0, L, PART):
+        own = begin + tl.arange(0, PART)
+        tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
+        own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+        erased = tl.zeros((PART, L), tl.float32)
+        read_of = tl.zeros((PART, L), tl.float32)
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+            early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+            early *= _early(g, rows, begin)
+            g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY)
+            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+            local = tl.cumsum(g, 0)
+            far = _too_far(local)
+            if far:
+                early = tl.where((rows < begin)[:, None], early, 0.0)
+            if ERASES:
+                xt, at = kt, local
+                if PAIRS:
+                    asked = own_decays[:, None] & (keys < KEY)[None, :]
+                    xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
+                    xt, at = xt.to(tl.float32), local - g
+                erased = _exact(xt * tl.exp2(at), tl.trans(early), erased, SPLIT, PRECISION)
+                if far:
+                    erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
+            if OUTPUTS:
+                asked = own_ends[:, None] & (keys < KEY)[None, :]
+                qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
+                qt = qt.to(tl.float32)
+                read_of = _dot(qt * tl.exp2(local), tl.trans(early), read_of, SPLIT, PRECISION)
+                if far:
+                    read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)
+        past = own[:, None] >= rows[None, :]
+        at = (((batch * HEADS + head) * PADDED + chunk * L) + own)[:, None] * L + rows[None, :]
+        if ERASES:
+            tl.store(system + at, tl.where(past, erased, 0.0))
+        if OUTPUTS:
+            tl.store(seen + at, tl.where(past, read_of, 0.0).to(seen.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def measure(
-    k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
-    a, a_b, a_t, a_h, values, states, fast, gained, sums, written, cross, added, both, erased,
+    k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
+    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, fast, found,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PIECES: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    KEYED: tl.constexpr, PAIRS: tl.constexpr, DELTA: tl.constexpr, HAS_SCALE: tl.constexpr,
+    PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    r"""Bring what is written and what is stored together, all chunks at once.
+    """What :func:`read` finds of chunks that are not ``fast``, of those that are, of all columns at once.
 
-    ``written``, ``cross`` and ``added`` are (batch, row, head): :math:`|U_t|^2`,
-    :math:`\langle D_t, U_t \rangle` and the sum of the entries of :math:`U_t`; ``gained`` (batch, head, row,
-    key) is what the write adds to the energy of each row of the state, and ``sums`` (batch, row, head) the
-    sum of the value that is written. With PAIRS the second row of each leaves the first out of its
-    ``cross``, and ``both`` (batch, row, head) is the product of the two writes. Under the delta rule
-    ``erased`` (2, batch, row, head) is what :class:`statescope.kernels.interface.ScanOutput` calls so.
-    With WHOLE it is for chunks that are not ``fast`` (:func:`relate`). Grid: (chunks * parts, heads, batch).
+    The first piece of ``found`` is given all but what :func:`tally` follows row by row, of which it is given
+    the sum of the value that is written; ``gained`` (batch, head, row, key) is what the write adds to the
+    energy of each row of the state. Grid: (chunks, heads, batch).
     """
-    parts: tl.constexpr = L // PART
-    chunk = (tl.program_id(0) // parts).to(tl.int64)
-    begin = tl.program_id(0) % parts * PART
+    chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    if (tl.load(fast + (batch * HEADS + head) * CHUNKS + chunk) == 0) != WHOLE:
+    own_head = batch * HEADS + head
+    if tl.load(fast + own_head * CHUNKS + chunk) == 0:
         return
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
-    own = begin + tl.arange(0, PART)
-    tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
-    own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
     first = chunk * (L // 2) if PAIRS else chunk * L
     k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
     a += batch * a_b + first * a_t + head * a_h
+    v += batch * v_b + first * v_t + head * v_h
     log_decay += batch * g_b + first * g_t + head * g_h
-    row = (batch * HEADS + head) * PADDED + chunk * L
-    values += row * VALUE
-    states += ((batch * HEADS + head) * CHUNKS + chunk) * (KEY * VALUE)
-    gram = tl.zeros((PART, L), tl.float32)
-    squares = tl.zeros((PART, 1), tl.float32)
-    total = tl.zeros((PART, 1), tl.float32)
-    removed = tl.zeros((PART, 1), tl.float32)
-    beside = tl.zeros((PART, 1), tl.float32)
-    if DELTA:
-        v += batch * v_b + first * v_t + head * v_h
+    u += batch * u_b + chunk * L * u_t + head * u_h
+    states += (own_head * CHUNKS + chunk) * (KEY * VALUE)
+    field = (tl.zeros((), tl.int64) + BATCH) * PIECES * ROWS * HEADS
+    if HAS_SCALE:
+        scale += batch * w_b + first * w_t + head * w_h
+    for begin in range(0, L, PART):
+        own = begin + tl.arange(0, PART)
+        tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
+        own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+        gram = tl.zeros((PART, L), tl.float32)
+        squares = tl.zeros((PART, 1), tl.float32)
+        total = tl.zeros((PART, 1), tl.float32)
+        removed = tl.zeros((PART, 1), tl.float32)
+        beside = tl.zeros((PART, 1), tl.float32)
+        early_weight = tl.full((L,), 1.0, tl.float32)
         weight = tl.full((PART,), 1.0, tl.float32)
         if HAS_SCALE:
-            scale += batch * w_b + first * w_t + head * w_h
             weight = tl.load(scale + own_tokens * w_t, mask=own_ends, other=0.0).to(tl.float32)
-    for start in range(0, VALUE, BV):
-        columns = start + tl.arange(0, BV)
-        inside = (columns < VALUE)[None, :]
-        at = rows[:, None] * VALUE + columns[None, :]
-        earlier = tl.load(values + at, mask=inside & (rows < begin + PART)[:, None], other=0.0)
-        at = own[:, None] * VALUE + columns[None, :]
-        u = earlier
-        if not WHOLE:
-            u = tl.load(values + at, mask=inside & (own < L)[:, None], other=0.0)
-        gram = _dot(u, tl.trans(earlier), gram, SPLIT, PRECISION)
-        squares += _along(u * u)
-        total += _along(u)
+            early_weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+        for start in range(0, VALUE, BV):
+            columns = start + tl.arange(0, BV)
+            inside = (columns < VALUE)[None, :]
+            at = rows[:, None] * u_t + columns[None, :]
+            earlier = tl.load(
+                u + at, mask=inside & (rows < tl.minimum(left, begin + PART))[:, None], other=0.0
+            )
+            earlier = earlier.to(tl.float32)
+            at = own[:, None] * u_t + columns[None, :]
+            ut = tl.load(u + at, mask=inside & (own < left)[:, None], other=0.0).to(tl.float32)
+            if HAS_SCALE and not ERASES:
+                ut *= weight[:, None]
+                earlier *= early_weight[:, None]
+            gram = _dot(ut, tl.trans(earlier), gram, SPLIT, PRECISION)
+            squares += _along(ut * ut)
+            total += _along(ut)
+            if PAIRS:
+                beside += _along(ut * tl.load(u + at - u_t, mask=inside & own_ends[:, None], other=0.0))
+            if DELTA:
+                there = own_ends[:, None] & inside
+                vt = tl.load(v + own_tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+                multiplied = weight
+                if SPLIT:
+                    high, low = _halves(weight)
+                    multiplied = high.to(tl.float32) + low.to(tl.float32)
+                vt = vt.to(tl.float32) * multiplied[:, None]
+                removed += _along((ut - vt) * (ut - vt))
+        apart = own[:, None] > rows[None, :]
         if PAIRS:
-            beside += _along(u * tl.load(values + at - VALUE, mask=inside & own_ends[:, None], other=0.0))
-        if DELTA:
-            there = own_ends[:, None] & inside
-            vt = tl.load(v + own_tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
-            vt = vt.to(tl.float32) * weight[:, None]
-            if SPLIT:  # as it was multiplied, so that nothing is removed where nothing is there
-                high, low = _halves(vt)
-                vt = high.to(tl.float32) + low.to(tl.float32)
-            removed += _along((u - vt) * (u - vt))
-    apart = own[:, None] > rows[None, :]
-    if PAIRS:
-        apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
-    gram = tl.where(apart, gram, 0.0)
-    key_squares = tl.zeros((PART, 1), tl.float32)
-    key_sums = tl.zeros((PART, 1), tl.float32)
-    pair_products = tl.zeros((PART, 1), tl.float32)
-    crossed = tl.zeros((PART, 1), tl.float32)
-    for start in range(0, KEY, BS):
-        keys = start + tl.arange(0, BS)
-        paces = start + tl.arange(0, BS if KEYED else 1)
-        g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, paces, KEY))[0]
-        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-        early = _finite(kt)[0]
-        stored = tl.zeros((PART, BS), tl.float32)
-        for block in range(0, VALUE, BV):
-            columns = block + tl.arange(0, BV)
-            at = own[:, None] * VALUE + columns[None, :]
-            u = tl.load(values + at, mask=(columns < VALUE)[None, :] & (own < L)[:, None], other=0.0)
-            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-            stored = _dot(u, tl.trans(state), stored, SPLIT, PRECISION)
-        if WHOLE:
-            local = _running(g, KEYED, False)
-            stored = _dot(gram, early * _factor(-local), stored, SPLIT, PRECISION) * tl.exp2(local)
-        else:
-            early *= _early(g, rows, begin, KEYED)
+            apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
+        gram = tl.where(apart, gram, 0.0)
+        key_squares = tl.zeros((PART, 1), tl.float32)
+        pair_products = tl.zeros((PART, 1), tl.float32)
+        crossed = tl.zeros((PART, 1), tl.float32)
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))[0]
+            early = _finite(_written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS))[0]
+            stored = tl.zeros((PART, BS), tl.float32)
+            for block in range(0, VALUE, BV):
+                columns = block + tl.arange(0, BV)
+                at = own[:, None] * u_t + columns[None, :]
+                shown = (columns < VALUE)[None, :] & (own < left)[:, None]
+                ut = tl.load(u + at, mask=shown, other=0.0).to(tl.float32)
+                if HAS_SCALE and not ERASES:
+                    ut *= weight[:, None]
+                inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+                state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+                stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
+            early *= _early(g, rows, begin)
             stored *= tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
-            g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, paces, KEY))[0]
+            g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY))[0]
             kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-            local = _running(g, KEYED, False)
+            local = tl.cumsum(g, 0)
             far = _too_far(local)
             if far:
                 early = tl.where((rows < begin)[:, None], early, 0.0)
@@ -648,83 +889,86 @@ def measure(
                 fine = _finite(kt)[0]
                 for j in range(PART):
                     weights = _along(tl.where((rows == begin + j)[None, :], gram, 0.0))
-                    past = tl.exp2(tl.minimum(local - _of_row(local, j)[None, :], 0.0))
-                    past = tl.where((own > begin + j)[:, None], past, 0.0)
-                    stored += weights * past * _of_row(fine, j)[None, :]
-        stored *= kt
-        crossed += _along(stored)
-        key_squares += _along(kt * kt)
-        key_sums += _along(kt)
-        energy = 2 * stored + kt * kt * squares
+                    since = tl.exp2(tl.minimum(local - _of_row(local, j)[None, :], 0.0))
+                    since = tl.where((own > begin + j)[:, None], since, 0.0)
+                    stored += weights * since * _of_row(fine, j)[None, :]
+            stored *= kt
+            crossed += _along(stored)
+            key_squares += _along(kt * kt)
+            energy = 2 * stored + kt * kt * squares
+            if PAIRS:
+                own_pair = own_ends[:, None] & (keys < KEY)[None, :]
+                pair = tl.load(a + own_tokens[:, None] * a_t + keys[None, :], mask=own_pair, other=0.0)
+                pair = kt * pair.to(tl.float32)
+                pair_products += _along(pair)
+                energy += 2 * pair * beside
+            at = (own_head * PADDED + chunk * L + own)[:, None] * KEY + keys[None, :]
+            tl.store(gained + at, energy, mask=(keys < KEY)[None, :] & (own < L)[:, None])
+        here = (own < left)[:, None]
+        at = (batch * ROWS + chunk * L + own)[:, None] * HEADS + head
+        tl.store(found + field + at, key_squares * squares, mask=here)
+        tl.store(found + 2 * field + at, crossed, mask=here)
+        tl.store(found + 3 * field + at, total, mask=here)
         if PAIRS:
-            own_pair = own_ends[:, None] & (keys < KEY)[None, :]
-            pair = tl.load(a + own_tokens[:, None] * a_t + keys[None, :], mask=own_pair, other=0.0)
-            pair = kt * pair.to(tl.float32)
-            pair_products += _along(pair)
-            energy += 2 * pair * beside
-        at = (row + own)[:, None] * KEY + keys[None, :]
-        tl.store(gained + at, energy, mask=(keys < KEY)[None, :] & (own < L)[:, None])
-    here = (own < left)[:, None]
-    at = (batch * ROWS + chunk * L + own)[:, None] * HEADS + head
-    whole = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
-    tl.store(sums + at, total, mask=here)
-    tl.store(written + at, key_squares * squares, mask=here)
-    tl.store(cross + at, crossed, mask=here)
-    tl.store(added + at, key_sums * total, mask=here)
-    if PAIRS:
-        tl.store(both + at, beside * pair_products, mask=here)
-    if DELTA:
-        rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
-        tl.store(erased + at, tl.sqrt(key_squares * removed), mask=here)
-        tl.store(erased + whole + at, -rate * key_squares, mask=here)
+            tl.store(found + 5 * field + at, beside * pair_products, mask=here)
+        if DELTA:
+            rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
+            tl.store(found + 5 * field + at, key_squares * removed, mask=here)
+            tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def tally(
     k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
-    energy, gained, sums, decayed, total, pace,
+    energy, gained, fast, found,
     ROWS, PADDED, CHUNKS, BATCH,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
-    L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, PAIRS: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, FIELDS: tl.constexpr,
+    L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Follow energy and sum of every row of the state through each chunk, row of the text by row.
+    """Follow energy and sum of every row of the state through chunks that are ``fast``, row by row.
 
-    ``decayed`` and ``total`` (batch, row, head) are what the whole state has of both once it has decayed,
-    before the write; ``pace`` is the mean log decay. Grid: (chunks, heads, batch).
+    Of the fields of ``found`` it fills what :func:`measure` leaves, and clears all pieces but the first,
+    which has the sums of all. Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     keys = tl.arange(0, BK)
     own = batch * HEADS + head
+    if tl.load(fast + own * CHUNKS + chunk) == 0:
+        return
     first = chunk * (L // 2) if PAIRS else chunk * L
     k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
     a += batch * a_b + first * a_t + head * a_h
     log_decay += batch * g_b + first * g_t + head * g_h
     gained += (own * PADDED + chunk * L) * KEY
-    at = (batch * ROWS + chunk * L) * HEADS + head
-    energy += (own * CHUNKS + chunk) * (BLOCKS * KEY)
-    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (BLOCKS * KEY)
+    piece = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
+    found += (batch * ROWS + chunk * L) * HEADS + head
+    energy += (own * CHUNKS + chunk) * (PIECES * BLOCKS * KEY)
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (PIECES * BLOCKS * KEY)
     squares = tl.zeros((BK,), tl.float32)
     entries = tl.zeros((BK,), tl.float32)
-    for block in range(BLOCKS):
+    for block in range(PIECES * BLOCKS):
         squares += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
         entries += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
     for row in range(tl.minimum(ROWS - chunk * L, L).to(tl.int32)):
         token = row // 2 if PAIRS else row
         decays = row % 2 == 0 if PAIRS else row >= 0
         inside = (keys < KEY) & decays
+        at = found + row * HEADS
         g = tl.load(log_decay + token * g_t + keys * g_k, mask=inside, other=0.0).to(tl.float32)
-        tl.store(pace + at + row * HEADS, tl.sum(g) / KEY)
+        tl.store(at + 4 * PIECES * piece, tl.sum(g) / KEY)
         fall = tl.exp2(_bounded(g))
         squares *= fall * fall
-        entries *= fall
-        tl.store(decayed + at + row * HEADS, tl.sum(squares))
-        tl.store(total + at + row * HEADS, tl.sum(entries))
+        tl.store(at, tl.sum(squares))
         squares += tl.load(gained + row * KEY + keys, mask=keys < KEY, other=0.0)
         if PAIRS:
             kt = tl.load(k + token * k_t + keys, mask=(keys < KEY) & (row % 2 == 1), other=0.0).to(tl.float32)
             kt += tl.load(a + token * a_t + keys, mask=inside, other=0.0).to(tl.float32)
         else:
             kt = tl.load(k + token * k_t + keys, mask=keys < KEY, other=0.0).to(tl.float32)
-        entries += kt * tl.load(sums + at + row * HEADS)
+        entries = entries * fall + kt * tl.load(at + 3 * PIECES * piece)
+        tl.store(at + 3 * PIECES * piece, tl.sum(entries))
+        for field in range(FIELDS):
+            for other in range(1, PIECES):
+                tl.store(at + (field * PIECES + other) * piece, 0.0)
