@@ -75,7 +75,7 @@ class Tiling:
 def halves(recurrence: Recurrence) -> bool:
     """Whether products that feed back take three products of bfloat16 halves, in chunks of 64."""
     r = recurrence
-    return r.v.dtype == torch.bfloat16 and 32 < r.key <= 128 and r.value > 32
+    return r.v.dtype == torch.bfloat16 and 32 < r.key <= (128 if r.erases else 256) and r.value > 32
 
 
 def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
