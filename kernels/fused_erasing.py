@@ -37,8 +37,8 @@ from .keyed import Measured
 ROWS = 2**21
 """Writes times heads times sequences worked on at once: bounds the memory whatever the length."""
 
-PART = 16
-"""Rows that are related to earlier ones at once where keys forget much; the fewest a matrix unit takes."""
+PART = 32
+"""Rows that are related to earlier ones at once where keys forget much."""
 
 
 FIELDS = 7
@@ -69,7 +69,7 @@ class Tiling:
     read_warps: int = 4
     part_warps: int = 4
     tally_warps: int = 1
-    together: bool = True
+    base: int = 16
 
 
 def halves(recurrence: Recurrence) -> bool:
@@ -215,14 +215,14 @@ def _run(
     def prepare(again: bool) -> None:
         kernels.prepare[grid](
             *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values, fast, *sizes,
-            **wide, **kinds, BS=cut.slice, BV=cut.prepared, KEYED=keyed, RELATED=again,
+            **wide, **kinds, BS=cut.slice, BV=cut.prepared, KEYED=keyed, BASE=cut.base, RELATED=again,
             num_warps=cut.prepare_warps,
         )  # fmt: skip
 
     prepare(False)
     if keyed and related:
         kernels.relate[grid](
-            *q, *k, *decay, *along, *erase, system, seen, fast, *sizes[:3], **shape, **exact, PART=PART,
+            *q, *k, *decay, *along, *erase, system, seen, fast, *sizes[:3], **shape, **exact, PART=min(PART, length),
             BS=cut.part_slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs, num_warps=cut.part_warps,
         )  # fmt: skip
     if keyed and r.erases:
@@ -244,28 +244,24 @@ def _run(
     y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
     found = empty(FIELDS, pieces, r.batch, rows, r.heads) if measure else kept
 
-    def read(y: Tensor | None, measure: bool, again: bool = False) -> None:
-        kernels.read[(chunks * pieces, r.heads, r.batch)](
+    def read(measure: bool, again: bool) -> None:
+        kernels.read[(chunks * pieces * (outputs + measure), r.heads, r.batch)](
             *q, *k, *u, *v, *weight, *decay, *erase, states, energy, seen, fast,
             kept if r.skip is None else r.skip, kept if y is None else y, found, *sizes, **wide, **kinds,
             BS=cut.read_slice, BV=cut.columns, BLOCKS=energies, KEYED=keyed, DELTA=r.delta_rule,
-            HAS_SKIP=r.skip is not None, OUTPUTS=y is not None, MEASURE=measure, RELATED=again,
+            HAS_SKIP=r.skip is not None, OUTPUTS=outputs, MEASURE=measure, RELATED=again,
             num_warps=cut.read_warps,
         )  # fmt: skip
 
-    if y is not None and (cut.together or not measure):
-        read(y, measure)
-    elif y is not None:
-        read(y, False)
-    if measure and (y is None or not cut.together):
-        read(None, True)
-    if keyed and y is not None:
-        read(y, False, again=True)
+    if outputs or measure:
+        read(measure, False)
+    if keyed and outputs:
+        read(False, True)
     if keyed and measure:
         gained = empty(*heads, padded, r.key)
         kernels.measure[grid](
             *k, *u, *v, *weight, *decay, *erase, states, gained, fast, found, *sizes, **wide, **kinds,
-            PART=PART, BS=cut.part_slice, BV=cut.part_columns, PIECES=pieces, DELTA=r.delta_rule,
+            PART=min(PART, length), BS=cut.part_slice, BV=cut.part_columns, PIECES=pieces, DELTA=r.delta_rule,
             num_warps=cut.part_warps,
         )  # fmt: skip
         kernels.tally[grid](

@@ -71,10 +71,10 @@ def _since_bad(bad):
 def _marked(x):
     """What is finite of rows, and NaN in every column from its first entry on that is not."""
     bad = ~(tl.abs(x) < float("inf"))
-    mark = tl.zeros_like(x)
+    mark = tl.zeros(x.shape, tl.float32)
     if tl.max(bad.to(tl.int32)) > 0:
         mark = _since_bad(bad)
-    return tl.where(bad, 0.0, x), mark
+    return tl.where(bad, 0.0, x).to(x.dtype), mark
 
 
 @triton.jit
@@ -84,12 +84,64 @@ def _of_row(x, row):
 
 
 @triton.jit
-def _early(g, rows, begin):
-    """What survives from each row on to the row ``begin``, where its part begins; one over it within."""
+def _ones(L: tl.constexpr, BACK: tl.constexpr):
+    """Ones on the diagonal and below it, or above with BACK."""
+    rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    if BACK:
+        found = rows <= columns
+    else:
+        found = rows >= columns
+    return found.to(tl.float32)
+
+
+@triton.jit
+def _sums(g, BACK: tl.constexpr, SPLIT: tl.constexpr):
+    """Sums of all rows up to each, or from each on; g is finite. With SPLIT a product of three parts."""
+    if SPLIT:
+        ones = _ones(g.shape[0], BACK).to(tl.bfloat16)
+        high, rest = _halves(g)
+        low = g - high.to(tl.float32) - rest.to(tl.float32)
+        found = tl.dot(ones, low.to(tl.bfloat16), tl.zeros_like(g))
+        found = tl.dot(ones, high, tl.dot(ones, rest, found))
+    else:
+        found = tl.cumsum(g, 0, reverse=BACK)
+    return found
+
+
+@triton.jit
+def _sums_before(x, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of all rows before each in its half; x is finite. Nothing is taken away again afterwards."""
+    rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    ones = (rows > columns) & (rows // (L // 2) == columns // (L // 2))
+    return _first_exact(ones.to(tl.float32), x, tl.zeros_like(x), SPLIT, PRECISION)
+
+
+@triton.jit
+def _first_exact(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of what feeds back, of which the first loses nothing in bfloat16."""
+    if SPLIT:
+        a = a.to(tl.bfloat16)
+        high, low = _halves(b)
+        found = tl.dot(a, high, tl.dot(a, low, c))
+    else:
+        found = tl.dot(a, b, c, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def _halfway(g, L: tl.constexpr):
+    """What each key forgets in the first half of the rows, and in all."""
+    first = tl.where((tl.arange(0, L) < L // 2)[:, None], g, 0.0)
+    return tl.sum(first, 0)[None, :], tl.sum(g, 0)[None, :]
+
+
+@triton.jit
+def _early(g, rows, begin, middle):
+    """What survives from each row on to the row ``begin``, where its part begins, and on to its middle."""
     past = tl.where((rows < begin)[:, None], g, 0.0)
     within = tl.where((rows >= begin)[:, None], g, 0.0)
     earlier = tl.cumsum(past, 0, reverse=True) - past
-    return _factor(tl.where((rows < begin)[:, None], earlier, -tl.cumsum(within, 0)))
+    return _factor(middle + tl.where((rows < begin)[:, None], earlier, -tl.cumsum(within, 0)))
 
 
 @triton.jit
@@ -99,9 +151,12 @@ def _factor(x):
 
 
 @triton.jit
-def _too_far(local):
-    """Whether some key forgets more than :data:`RANGE`."""
-    return tl.max((local < -RANGE).to(tl.int32)) > 0
+def _too_far(halfway, total):
+    """Whether some key forgets more than :data:`RANGE` in either half.
+
+    The factors of rows are counted from half of all that is forgotten, as far from 1 either way.
+    """
+    return tl.max(((halfway < -RANGE) | (total - halfway < -RANGE)).to(tl.int32)) > 0
 
 
 @triton.jit
@@ -115,38 +170,48 @@ def _one_by_one(x, at, k, local, begin, rows, PART: tl.constexpr):
 
 
 @triton.jit
-def _inverse(system, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def _inverse(system, L: tl.constexpr, BASE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     r"""Invert :math:`I - M` for a strictly lower :math:`M`.
 
-    Diagonal blocks of 16 row by row, all at once; then blocks two by two, :math:`D + D M_{10} D`.
+    Diagonal blocks of BASE row by row, all at once; then blocks two by two, :math:`D + D M_{10} D`.
     """
-    blocks: tl.constexpr = L // 16
     rows = tl.arange(0, L)
     down, across = rows[:, None], rows[None, :]
-    own = tl.where(down // 16 == across // 16, system, 0.0)
-    own = tl.sum(tl.reshape(own, (blocks, 16, blocks, 16)), 2)
-    place = tl.arange(0, 16)
-    solved = (
-        tl.zeros((blocks, 16, 16), tl.float32) + tl.where(place[:, None] == place[None, :], 1.0, 0.0)[None]
-    )
-    for row in range(1, 16):
-        chosen = (place == row)[None, :, None]
-        weights = tl.sum(tl.where(chosen, own, 0.0), 1)  # of the rows above, in every block
-        solved += tl.where(chosen, tl.sum(weights[:, :, None] * solved, 1)[:, None, :], 0.0)
-    same = (tl.arange(0, blocks)[:, None] == tl.arange(0, blocks)[None, :])[:, None, :, None]
-    found = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (L, L))
+    if BASE == 2:
+        found = tl.where(down // 2 == across // 2, system, 0.0) + tl.where(down == across, 1.0, 0.0)
+    else:
+        blocks: tl.constexpr = L // BASE
+        own = tl.where(down // BASE == across // BASE, system, 0.0)
+        own = tl.sum(tl.reshape(own, (blocks, BASE, blocks, BASE)), 2)
+        place = tl.arange(0, BASE)
+        solved = tl.where(place[:, None] == place[None, :], 1.0, 0.0)[None]
+        solved += tl.zeros((blocks, BASE, BASE), tl.float32)
+        for row in range(1, BASE):
+            chosen = (place == row)[None, :, None]
+            weights = tl.sum(tl.where(chosen, own, 0.0), 1)  # of the rows above, in every block
+            solved += tl.where(chosen, tl.sum(weights[:, :, None] * solved, 1)[:, None, :], 0.0)
+        same = (tl.arange(0, blocks)[:, None] == tl.arange(0, blocks)[None, :])[:, None, :, None]
+        found = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (L, L))
+    if BASE == 2:
+        found = _joined(found, system, 2, L, SPLIT, PRECISION)
+    if BASE <= 4:
+        found = _joined(found, system, 4, L, SPLIT, PRECISION)
+    if BASE <= 8:
+        found = _joined(found, system, 8, L, SPLIT, PRECISION)
     if L > 16:
-        between = tl.where((down // 32 == across // 32) & (down // 16 > across // 16), system, 0.0)
-        found = _joined(found, between, L, SPLIT, PRECISION)
+        found = _joined(found, system, 16, L, SPLIT, PRECISION)
     if L > 32:
-        between = tl.where((down // 64 == across // 64) & (down // 32 > across // 32), system, 0.0)
-        found = _joined(found, between, L, SPLIT, PRECISION)
+        found = _joined(found, system, 32, L, SPLIT, PRECISION)
     return found
 
 
 @triton.jit
-def _joined(found, between, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    below = _exact(between, found, tl.zeros((L, L), tl.float32), SPLIT, PRECISION)
+def _joined(found, system, SIZE: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Join inverses of diagonal blocks of a size two by two."""
+    down, across = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    pairs = (down // (2 * SIZE) == across // (2 * SIZE)) & (down // SIZE > across // SIZE)
+    below = tl.where(pairs, system, 0.0)
+    below = _exact(below, found, tl.zeros((L, L), tl.float32), SPLIT, PRECISION)
     return _exact(found, below, found, SPLIT, PRECISION)
 
 
@@ -177,6 +242,13 @@ def _written_keys(k, k_t, a, a_t, tokens, decays, last, keys, KEY: tl.constexpr,
 
 
 @triton.jit
+def _keys(k, k_t, tokens, asked, keys, KEY: tl.constexpr):
+    """Keys, or queries, as they are given."""
+    inside = asked[:, None] & (keys < KEY)[None, :]
+    return tl.load(k + tokens[:, None] * k_t + keys[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY: tl.constexpr):
     """The log decay of rows, of every key, base 2."""
     inside = decays[:, None] & (keys < KEY)[None, :]
@@ -193,18 +265,27 @@ def _along(x):
 def _finite(x):
     """What is finite of rows, 0 elsewhere; and whether a row is finite whole."""
     good = tl.abs(x) < float("inf")
-    return tl.where(good, x, 0.0), tl.min(good.to(tl.int32), 1)
+    return tl.where(good, x, 0.0).to(x.dtype), tl.min(good.to(tl.int32), 1)
 
 
 @triton.jit
-def _twice(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add a product of what feeds back with an input, which is its own first half."""
-    if SPLIT:
+def _of_input(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of what feeds back with an input, which in bfloat16 is its own first half."""
+    if SPLIT and b.dtype == tl.bfloat16:
         high, low = _halves(a)
-        b = b.to(tl.bfloat16)
         found = tl.dot(high, b, tl.dot(low, b, c))
     else:
-        found = tl.dot(a, b.to(tl.float32), c, input_precision=PRECISION)
+        found = _exact(a, b.to(tl.float32), c, SPLIT, PRECISION)
+    return found
+
+
+@triton.jit
+def _of_inputs(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of two inputs that feeds back."""
+    if SPLIT and a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
+        found = tl.dot(a, b, c)
+    else:
+        found = _exact(a.to(tl.float32), b.to(tl.float32), c, SPLIT, PRECISION)
     return found
 
 
@@ -223,21 +304,23 @@ def _between(local, rows):
 
 
 @triton.jit
-def _decay_then_add(f, x, d, f_next, x_next, d_next):
-    """Join two stretches of rows: all they keep, what is left of what they add, and that before the last."""
-    kept = f_next * x
-    return f * f_next, kept + x_next, kept + d_next
-
-
-@triton.jit
-def _inverted(system, rate, rows, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Invert I - M, M being ``system`` times ``rate``: NaN from the first row on that is not finite."""
-    found, fine = _finite(system)
+def _inverted(
+    system,
+    rate,
+    fine,
+    rows,
+    L: tl.constexpr,
+    BASE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Invert I - M, M being ``system`` times ``rate``: NaN from the first row on that is not ``fine``."""
+    found, whole = _finite(system)
     found *= rate[:, None]
-    fine = tl.where(tl.abs(rate) < float("inf"), fine, 0)
+    fine = tl.where(tl.abs(rate) < float("inf"), tl.minimum(fine, whole), 0)
     mark = _since_bad(fine == 0)[:, None]
     found = tl.where((rows[:, None] > rows[None, :]) & (mark == mark), found, 0.0)
-    return _inverse(found, L, SPLIT, PRECISION) + mark
+    return _inverse(found, L, BASE, SPLIT, PRECISION) + mark
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -249,7 +332,7 @@ def prepare(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     KEYED: tl.constexpr, PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
-    RELATED: tl.constexpr,
+    BASE: tl.constexpr, RELATED: tl.constexpr,
 ):  # fmt: skip
     r"""Find what each chunk does to whatever state enters it, all chunks at once.
 
@@ -288,6 +371,7 @@ def prepare(
     if HAS_SCALE:
         scale += batch * w_b + first * w_t + head * w_h
         weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+    fine = tl.full((L,), 1, tl.int32)  # rows that forget no NaN
     if not KEYED:
         pace, run = _decay_of_rows(log_decay, g_t, tokens, decays)
     if ERASES:
@@ -301,21 +385,24 @@ def prepare(
             too_far = 0
             for start in range(0, KEY, BS):
                 keys = start + tl.arange(0, BS)
-                kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
                 if KEYED:
-                    g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-                    local = tl.cumsum(g, 0)
-                    far = _too_far(local)
+                    kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+                    g, fine_here = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))
+                    fine = tl.minimum(fine, fine_here)
+                    local = _sums(g, False, SPLIT)
+                    halfway, total = _halfway(g, L)
+                    far, middle = _too_far(halfway, total), 0.5 * total
                     too_far = tl.maximum(too_far, far.to(tl.int32))
-                    xt, at = kt, local
+                    xt, at = kt, local - middle
                     if PAIRS:
                         asked = decays[:, None] & (keys < KEY)[None, :]
                         xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
-                        xt, at = xt.to(tl.float32), local - g
-                    early = tl.trans(kt * _factor(-local))
-                    erased = _exact(xt * tl.exp2(at), early, erased, SPLIT, PRECISION)
+                        xt, at = xt.to(tl.float32), at - g
+                    early = tl.trans(kt * _factor(middle - local))
+                    erased = _exact(xt * _factor(at), early, erased, SPLIT, PRECISION)
                 else:
-                    erased = _dot(kt, tl.trans(kt), erased, SPLIT, PRECISION)
+                    kt = _keys(k, k_t, tokens, ends, keys, KEY)
+                    erased = _of_inputs(kt, tl.trans(kt), erased, SPLIT, PRECISION)
             if KEYED:
                 tl.store(fast + of_chunk, too_far)
                 if too_far > 0:
@@ -323,7 +410,7 @@ def prepare(
             else:
                 erased *= _between(run, rows)
         erased = tl.where(rows[:, None] >= rows[None, :], erased, 0.0)
-        inverse = _inverted(erased, rate, rows, L, SPLIT, PRECISION)
+        inverse = _inverted(erased, rate, fine, rows, L, BASE, SPLIT, PRECISION)
     if not KEYED:
         later = tl.cumsum(pace, 0, reverse=True) - pace
         survives = tl.exp2(later)
@@ -335,52 +422,52 @@ def prepare(
         too_far = 0
         for start in range(0, KEY, BS):
             keys = start + tl.arange(0, BS)
-            kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
             inside = (keys < KEY)[None, :] & (rows < L)[:, None]
             of_rows = (row + rows)[:, None] * KEY + keys[None, :]
             if KEYED:
+                kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
                 g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
                 spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
                 g = _finite(g)[0]
-                later = tl.cumsum(g, 0, reverse=True) - g
-                left = kt * tl.exp2(later) + spoilt
+                left = kt * tl.exp2(_sums(g, True, SPLIT) - g) + spoilt
                 if not ERASES:
                     left *= weight[:, None]
                 _put(left, remaining + of_rows, plane, inside, SPLIT)
-                total = tl.sum(g, 0)[None, :]
-                far = _too_far(total)
+                halfway, total = _halfway(g, L)
+                far = _too_far(halfway, total)
                 too_far = tl.maximum(too_far, far.to(tl.int32))
                 of_keys = tl.exp2(total) + spoilt + tl.zeros((1, BS), tl.float32)
                 tl.store(kept + of_chunk * KEY + keys, tl.sum(of_keys, 0), mask=keys < KEY)
             if ERASES:
+                found = tl.zeros((L, BS), tl.float32)
                 if KEYED:
                     xt = kt * rate[:, None]
-                    before = tl.cumsum(g, 0)
+                    before = _sums(g, False, SPLIT)
                     if PAIRS:
                         asked = decays[:, None] & (keys < KEY)[None, :]
                         xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
                         xt = xt.to(tl.float32)
                         before -= g
                     xt = _finite(xt)[0] * tl.exp2(before)
-                    found = _exact(inverse, xt, tl.zeros((L, BS), tl.float32), SPLIT, PRECISION)
+                    found = _exact(inverse, xt, found, SPLIT, PRECISION)
                 else:
                     early = rate * tl.exp2(run)
                     early = tl.where(tl.abs(early) < float("inf"), early, 0.0)
-                    found = tl.zeros((L, BS), tl.float32)
-                    found = _twice(inverse * early[None, :], _finite(kt)[0], found, SPLIT, PRECISION)
+                    kt = _finite(_keys(k, k_t, tokens, ends, keys, KEY))[0]
+                    found = _of_input(inverse * early[None, :], kt, found, SPLIT, PRECISION)
                 _put(found, through + of_rows, plane, inside, SPLIT)
         if KEYED and not ERASES:
             tl.store(fast + of_chunk, too_far)
     if ERASES:
-        fine = tl.abs(weight) < float("inf")
-        mark = _since_bad(~fine)[:, None]
-        inverse *= tl.where(fine, weight, 0.0)[None, :]
+        usable = tl.abs(weight) < float("inf")
+        mark = _since_bad(~usable)[:, None]
+        inverse *= tl.where(usable, weight, 0.0)[None, :]
         for start in range(0, VALUE, BV):
             columns = start + tl.arange(0, BV)
             shown = ends[:, None] & (columns < VALUE)[None, :]
-            u = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
+            u = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=shown, other=0.0)
             u, bad_from = _marked(u)
-            u = _twice(inverse, u, tl.zeros((L, BV), tl.float32), SPLIT, PRECISION) + bad_from + mark
+            u = _of_input(inverse, u, tl.zeros((L, BV), tl.float32), SPLIT, PRECISION) + bad_from + mark
             own_values = (columns < VALUE)[None, :] & (rows < L)[:, None]
             tl.store(values + (row + rows[:, None]) * VALUE + columns[None, :], u, mask=own_values)
 
@@ -481,19 +568,21 @@ def walk(
         state *= keep
         if not KEYED:
             written = written.to(tl.float32) * survives
-        if SPLIT:
-            if KEYED and not ERASES:
-                state = tl.dot(tl.trans(kt_low), written, state)
-                state = tl.dot(tl.trans(kt), written, state)
-            else:
+        if KEYED and SPLIT:
+            if ERASES:
                 high, low = _halves(written)
                 state = tl.dot(tl.trans(kt), low, state)
-                if KEYED:
-                    state = tl.dot(tl.trans(kt_low), high, state)
+                state = tl.dot(tl.trans(kt_low), high, state)
                 state = tl.dot(tl.trans(kt), high, state)
+            else:
+                state = tl.dot(tl.trans(kt_low), written, state)
+                state = tl.dot(tl.trans(kt), written, state)
+        elif KEYED:
+            state = tl.dot(tl.trans(kt), written.to(tl.float32), state, input_precision=PRECISION)
+        elif SPLIT and kt.dtype == tl.bfloat16:
+            state = _first_exact(tl.trans(kt), written, state, SPLIT, PRECISION)
         else:
-            kt, written = tl.trans(kt.to(tl.float32)), written.to(tl.float32)
-            state = tl.dot(kt, written, state, input_precision=PRECISION)
+            state = _exact(tl.trans(kt.to(tl.float32)), written, state, SPLIT, PRECISION)
         through += L * KEY
         values += L * VALUE
         u += L * u_t
@@ -528,11 +617,13 @@ def read(
 
     ``u`` is what is written, without ERASES before it is scaled. Chunks that are ``fast`` (:func:`prepare`)
     are left to a second launch, with RELATED, which takes from ``seen`` what queries read of their chunk.
-    Grid: (chunks * pieces, heads, batch).
+    Programs that read and such that measure are neighbours, as they load the same.
+    Grid: (chunks * pieces * (OUTPUTS + MEASURE), heads, batch).
     """
     pieces: tl.constexpr = (VALUE + BV - 1) // BV
-    chunk = (tl.program_id(0) // pieces).to(tl.int64)
-    piece = tl.program_id(0) % pieces
+    roles: tl.constexpr = 2 if OUTPUTS and MEASURE else 1
+    chunk = (tl.program_id(0) // (pieces * roles)).to(tl.int64)
+    piece = tl.program_id(0) // roles % pieces
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     own = batch * HEADS + head
@@ -560,14 +651,61 @@ def read(
         if not ERASES:
             ut *= weight[:, None]
     there = ends[:, None] & (columns < VALUE)[None, :]
-    past = rows[:, None] >= rows[None, :]
-    if MEASURE:
+    reads = OUTPUTS
+    if roles == 2:
+        reads = tl.program_id(0) % 2 == 0
+    if reads:
+        out = tl.zeros((L, BV), tl.float32)
+        read_of = tl.zeros((L, L), tl.float32)
+        known = tl.full((L,), 1, tl.int32)
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+            qt = _keys(q, q_t, tokens, ends, keys, KEY)
+            if KEYED:
+                g, fine_here = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))
+                known = tl.minimum(known, fine_here)
+                local = _sums(g, False, SPLIT)
+                qt = qt.to(tl.float32)
+                if not RELATED:
+                    kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+                    middle = 0.5 * _halfway(g, L)[1]
+                    early = tl.trans(kt * _factor(middle - local))
+                    read_of = _dot(qt * _factor(local - middle), early, read_of, SPLIT, PRECISION)
+                out = _dot(qt * tl.exp2(local), state, out, SPLIT, PRECISION)
+            else:
+                kt = _keys(k, k_t, tokens, ends, keys, KEY)
+                if not SPLIT:
+                    qt, kt = qt.to(tl.float32), kt.to(tl.float32)
+                read_of = _dot(qt, tl.trans(kt), read_of, SPLIT, PRECISION)
+                out = _dot(qt, state, out, SPLIT, PRECISION)
+        if KEYED:
+            out += _since_bad(known == 0)[:, None]
+        else:
+            run = _decay_of_rows(log_decay, g_t, tokens, decays)[1]
+            read_of *= _between(run, rows)
+            out *= tl.exp2(run)[:, None]
+        if RELATED:
+            read_of = tl.load(seen + (own * PADDED + chunk * L + rows)[:, None] * L + rows[None, :])
+        else:
+            read_of = tl.where(rows[:, None] >= rows[None, :], read_of, 0.0)
+        good, marks = _marked(ut)
+        out = _dot(read_of, good, out, SPLIT, PRECISION) + marks
+        if HAS_SKIP:
+            skipped = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+            out += tl.load(skip + head).to(tl.float32) * skipped.to(tl.float32)
+        time = ROWS // 2 if PAIRS else ROWS
+        of_y = ((batch * time + first + tokens[:, None]) * HEADS + head) * VALUE + columns[None, :]
+        tl.store(y + of_y, out.to(y.dtype.element_ty), mask=there)
+    else:
         before = rows[:, None] > rows[None, :]
         gram = _dot(ut, tl.trans(ut), tl.zeros((L, L), tl.float32), SPLIT, PRECISION)
         squares = _along(ut * ut)
         total = _along(ut)
         apart = before
         beside = tl.zeros((L, 1), tl.float32)
+        removed = tl.zeros((L, 1), tl.float32)
         if PAIRS:
             apart = before & ~(ends[:, None] & (rows[:, None] == rows[None, :] + 1))
             at = (rows[:, None] - 1) * u_t + columns[None, :]
@@ -588,36 +726,31 @@ def read(
         entries = tl.zeros((L, 1), tl.float32)
         paces = tl.zeros((L, 1), tl.float32)
         plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (pieces * BLOCKS * (KEY if KEYED else 1))
-    out = tl.zeros((L, BV), tl.float32)
-    read_of = tl.zeros((L, L), tl.float32)
-    if KEYED:
-        energy += ((own * CHUNKS + chunk) * pieces + piece) * (BLOCKS * KEY)
-        for start in range(0, KEY, BS):
-            keys = start + tl.arange(0, BS)
-            wide = (keys < KEY)[None, :]
-            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-            g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-            local = tl.cumsum(g, 0)
-            if OUTPUTS:
-                qt = tl.load(q + tokens[:, None] * q_t + keys[None, :], mask=ends[:, None] & wide, other=0.0)
-                qt = qt.to(tl.float32) * tl.exp2(local)
-                out = _dot(qt, state, out, SPLIT, PRECISION)
-            if not RELATED:
+        energy += ((own * CHUNKS + chunk) * pieces + piece) * (BLOCKS * (KEY if KEYED else 1))
+        if KEYED:
+            half = (rows < L // 2)[:, None]
+            fine = tl.full((L,), 1, tl.int32)
+            for start in range(0, KEY, BS):
+                keys = start + tl.arange(0, BS)
+                inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+                state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+                g, fine_here = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))
+                fine = tl.minimum(fine, fine_here)
+                local = _sums(g, False, SPLIT)
+                halfway, all_of = _halfway(g, L)
+                middle = 0.5 * all_of
+                since = _factor(local - middle)
                 kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-                early = kt * _factor(-local)
-                if OUTPUTS:
-                    read_of = _dot(qt, tl.trans(early), read_of, SPLIT, PRECISION)
-            if MEASURE:
-                early = _finite(early)[0]
+                early = _finite(kt)[0] * _factor(middle - local)
                 stored = _dot(ut, tl.trans(state), tl.zeros((L, BS), tl.float32), SPLIT, PRECISION)
-                stored = _dot(gram, early, stored, SPLIT, PRECISION) * tl.exp2(local) * kt
+                stored = _dot(gram, early, stored * tl.exp2(middle), SPLIT, PRECISION) * since * kt
                 crossed += _along(stored)
-                key_squares += _along(kt * kt)
+                squares_here = kt * kt
+                key_squares += _along(squares_here)
                 key_sums += _along(kt)
-                gained = 2 * stored + kt * kt * squares
+                gained = 2 * stored + squares_here * squares
                 if PAIRS:
-                    asked = ends[:, None] & wide
+                    asked = ends[:, None] & (keys < KEY)[None, :]
                     pair = tl.load(a + tokens[:, None] * a_t + keys[None, :], mask=asked, other=0.0)
                     pair = kt * pair.to(tl.float32)
                     pair_products += _along(pair)
@@ -627,70 +760,60 @@ def read(
                 for block in range(BLOCKS):
                     of_rows += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
                     sums += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
-                falls, _, rest = tl.associative_scan(
-                    (tl.exp2(2 * g), gained, tl.zeros_like(gained)), 0, _decay_then_add
+                # Energies fall twice as fast: each half of the chunk has a middle of its own.
+                gained = _finite(gained)[0]
+                to_half = tl.exp2(tl.where(half, 2 * (halfway - local), 0.0))
+                of_half = tl.sum(tl.where(half, gained * to_half, 0.0), 0)[None, :]
+                of_half += tl.exp2(2 * halfway) * of_rows[None, :]
+                own_middle = tl.where(half, 0.5 * halfway, middle + 0.5 * halfway)
+                pace = _factor(2 * (local - own_middle))
+                within = _sums_before(gained * _factor(2 * (own_middle - local)), L, SPLIT, PRECISION)
+                entered = tl.where(half, tl.exp2(2 * local) * of_rows[None, :], 0.0)
+                entered += tl.where(half, 0.0, tl.exp2(2 * (local - halfway)) * of_half)
+                decayed += _along(entered + pace * within)
+                through = _first_exact(
+                    _ones(L, False), early * _finite(total)[0], tl.zeros_like(stored), SPLIT, PRECISION
                 )
-                decayed += _along(falls * of_rows[None, :] + rest)
-                entries += _along(tl.exp2(local) * (sums[None, :] + tl.cumsum(early * total, 0)))
+                entries += _along(tl.exp2(local) * sums[None, :] + since * through)
                 raw = tl.load(
                     log_decay + tokens[:, None] * g_t + keys[None, :] * g_k,
-                    mask=decays[:, None] & wide, other=0.0,
+                    mask=decays[:, None] & (keys < KEY)[None, :], other=0.0,
                 )  # fmt: skip
                 paces += _along(raw.to(tl.float32))
-    else:
-        of_keys = tl.zeros((L, L), tl.float32)
-        of_state = tl.zeros((L, BV), tl.float32)
-        for start in range(0, KEY, BS):
-            keys = start + tl.arange(0, BS)
-            asked = ends[:, None] & (keys < KEY)[None, :]
-            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-            kt = tl.load(k + tokens[:, None] * k_t + keys[None, :], mask=asked, other=0.0)
-            if not SPLIT:
-                kt = kt.to(tl.float32)
-            if OUTPUTS:
-                qt = tl.load(q + tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
+            whole = tl.sum(tl.abs(crossed) + tl.abs(key_squares * squares), 1)
+            mark = _since_bad((fine == 0) | ~(whole < float("inf")))[:, None]
+            decayed += mark
+            entries += mark
+        else:
+            of_keys = tl.zeros((L, L), tl.float32)
+            of_state = tl.zeros((L, BV), tl.float32)
+            for start in range(0, KEY, BS):
+                keys = start + tl.arange(0, BS)
+                inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+                state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+                kt = _keys(k, k_t, tokens, ends, keys, KEY)
                 if not SPLIT:
-                    qt = qt.to(tl.float32)
-                read_of = _dot(qt, tl.trans(kt), read_of, SPLIT, PRECISION)
-                out = _dot(qt, state, out, SPLIT, PRECISION)
-            if MEASURE:
+                    kt = kt.to(tl.float32)
                 of_keys = _dot(kt, tl.trans(kt), of_keys, SPLIT, PRECISION)
                 of_state = _dot(kt, state, of_state, SPLIT, PRECISION)
                 kt = kt.to(tl.float32)
                 key_squares += _along(kt * kt)
                 key_sums += _along(kt)
-        local = _decay_of_rows(log_decay, g_t, tokens, decays)[1]
-        between = _between(local, rows)
-        since = tl.exp2(local)[:, None]
-        read_of *= between
-        out *= since
-        if MEASURE:
-            crossed = _along(ut * of_state) * since + _along(tl.where(apart, gram * of_keys * between, 0.0))
+            local = _decay_of_rows(log_decay, g_t, tokens, decays)[1]
+            between = _between(local, rows)
+            since = tl.exp2(local)[:, None]
+            crossed = _along(ut * of_state) * since
+            crossed += _along(tl.where(apart, gram * of_keys * between, 0.0))
             gained = tl.trans(2 * crossed + key_squares * squares)
             added = tl.trans(key_sums * total)
-            energy += ((own * CHUNKS + chunk) * pieces + piece) * BLOCKS
             of_rows = 0.0
             sums = 0.0
             for block in range(BLOCKS):
                 of_rows += tl.load(energy + block)
                 sums += tl.load(energy + plane + block)
             decayed = since * since * of_rows + _along(tl.where(before, between * between * gained, 0.0))
+            past = rows[:, None] >= rows[None, :]
             entries = since * sums + _along(tl.where(past, between * added, 0.0))
-    if OUTPUTS:
-        if RELATED:
-            read_of = tl.load(seen + (own * PADDED + chunk * L + rows)[:, None] * L + rows[None, :])
-        else:
-            read_of = tl.where(past, read_of, 0.0)
-        ut, spoilt = _marked(ut)
-        out = _dot(read_of, ut, out, SPLIT, PRECISION) + spoilt
-        if HAS_SKIP:
-            vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
-            out += tl.load(skip + head).to(tl.float32) * vt.to(tl.float32)
-        time = ROWS // 2 if PAIRS else ROWS
-        at = ((batch * time + first + tokens[:, None]) * HEADS + head) * VALUE + columns[None, :]
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
-    if MEASURE:
         field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
         at = piece * field + (batch * ROWS + chunk * L + rows)[:, None] * HEADS + head
         field *= pieces
@@ -748,11 +871,14 @@ def relate(
             keys = start + tl.arange(0, BS)
             g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
             early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-            early *= _early(g, rows, begin)
-            g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY)
+            own_g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY)
+            halfway, total = _halfway(_finite(own_g)[0], PART)
+            far, middle = _too_far(halfway, total), 0.5 * total
+            middle = tl.where(far, 0.0, middle)
+            early *= _early(g, rows, begin, middle)
+            g = own_g
             kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
             local = tl.cumsum(g, 0)
-            far = _too_far(local)
             if far:
                 early = tl.where((rows < begin)[:, None], early, 0.0)
             if ERASES:
@@ -761,14 +887,14 @@ def relate(
                     asked = own_decays[:, None] & (keys < KEY)[None, :]
                     xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
                     xt, at = xt.to(tl.float32), local - g
-                erased = _exact(xt * tl.exp2(at), tl.trans(early), erased, SPLIT, PRECISION)
+                erased = _exact(xt * _factor(at - middle), tl.trans(early), erased, SPLIT, PRECISION)
                 if far:
                     erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
             if OUTPUTS:
                 asked = own_ends[:, None] & (keys < KEY)[None, :]
                 qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
                 qt = qt.to(tl.float32)
-                read_of = _dot(qt * tl.exp2(local), tl.trans(early), read_of, SPLIT, PRECISION)
+                read_of = _dot(qt * _factor(local - middle), tl.trans(early), read_of, SPLIT, PRECISION)
                 if far:
                     read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)
         past = own[:, None] >= rows[None, :]
@@ -876,15 +1002,18 @@ def measure(
                 inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
                 state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
                 stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
-            early *= _early(g, rows, begin)
-            stored *= tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
-            g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY))[0]
+            own_g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY))[0]
+            local = tl.cumsum(own_g, 0)
+            halfway, all_of = _halfway(own_g, PART)
+            far, middle = _too_far(halfway, all_of), 0.5 * all_of
+            middle = tl.where(far, 0.0, middle)
+            early *= _early(g, rows, begin, middle)
+            entered = tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
             kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-            local = tl.cumsum(g, 0)
-            far = _too_far(local)
             if far:
                 early = tl.where((rows < begin)[:, None], early, 0.0)
-            stored = _dot(gram, early, stored, SPLIT, PRECISION) * tl.exp2(local)
+            stored *= entered * tl.exp2(local)
+            stored += _dot(gram, early, tl.zeros_like(stored), SPLIT, PRECISION) * _factor(local - middle)
             if far:
                 fine = _finite(kt)[0]
                 for j in range(PART):

@@ -50,9 +50,9 @@ def read_gated_delta_rule(
     root of the key's size unless told otherwise.
     """
     refuse_packed(rest)
-    q, k, beta, g = query.float(), key.float(), beta.float(), g.float()
+    q, k, beta, g = query.float(), key, beta.float(), g.float()
     if use_qk_l2norm_in_kernel:
-        q, k = _normalised(q), _normalised(k)
+        q, k = _normalised(q), _normalised(key.float())
     recurrence = Recurrence(
         q=q * (q.shape[-1] ** -0.5 if scale is None else scale),
         k=k,

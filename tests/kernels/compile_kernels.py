@@ -70,7 +70,7 @@ def source(
             signature[argument] = "constexpr"
         elif argument in shapes and bulk:
             signature[argument] = f"tensordesc<{dtype}[{tiling.chunk}, {shapes[argument]}]>"
-        elif argument in INTEGERS or re.fullmatch("[qkvabgwy]_[btghkv]", argument):
+        elif argument in INTEGERS or re.fullmatch("[qkuvabgwy]_[btghkv]", argument):
             signature[argument] = "i32"
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]
@@ -114,22 +114,30 @@ def erasing(
     shape = SHAPE.replace(log_decay=decay) if constants["KEYED"] else SHAPE
     cut = fused_erasing.tiling(shape, True, target == "sm_90")
     asked = {name: True for name in ("OUTPUTS", "HAS_SKIP", "HAS_INITIAL", "STORE", "MEASURE", "SPLIT")}
-    asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "PRECISION": "ieee"}
+    asked |= {"BASE": cut.base, "KEEP": False, "HAS_SCALE": not constants["PAIRS"], "PRECISION": "ieee"}
     asked |= constants | {"DELTA": constants["ERASES"] and not constants["PAIRS"]}
-    asked |= {"BS": cut.slice, "BLOCKS": -(-HEADS["VALUE"] // cut.walked), "STAGES": cut.walk_stages}
-    whole, parts = {"WHOLE": True, "PART": cut.chunk}, {"WHOLE": False, "PART": fused_erasing.PART}
+    blocks = cut.columns // cut.walked
+    pieces = -(-HEADS["VALUE"] // cut.columns)
+    asked |= {"PIECES": pieces, "PART": fused_erasing.PART, "FIELDS": fused_erasing.FIELDS}
+    reads = {"BS": cut.read_slice, "BV": cut.columns, "BLOCKS": blocks}
+    parts = {"BS": cut.part_slice, "BV": cut.part_columns}
+    walked = {"BK": cut.walked_keys, "BV": cut.walked, "BLOCKS": pieces * blocks, "STAGES": cut.walk_stages}
+    launches = [
+        ("prepare", cut.prepare_warps, {"BS": cut.slice, "BV": cut.prepared, "RELATED": False}),
+        ("walk", cut.walk_warps, walked),
+        ("read", cut.read_warps, reads | {"RELATED": False}),
+        ("read y", cut.read_warps, reads | {"RELATED": False, "MEASURE": False}),
+    ]
+    if constants["KEYED"]:
+        launches += [
+            ("prepare again", cut.prepare_warps, {"BS": cut.slice, "BV": cut.prepared, "RELATED": True}),
+            ("relate", cut.part_warps, parts),
+            ("measure", cut.part_warps, parts),
+            ("read again", cut.read_warps, reads | {"RELATED": True, "MEASURE": False}),
+            ("tally", cut.tally_warps, {"BK": cut.keys, "BLOCKS": blocks}),
+        ]
     found = {}
-    for label, warps, more in (
-        ("relate", cut.whole_warps, whole),
-        ("relate parts", cut.part_warps, parts),
-        ("invert", cut.invert_warps, {}),
-        ("solve", cut.solve_warps, {"BS": cut.solve_slice, "BV": cut.solve_columns}),
-        ("walk", cut.walk_warps, {"BV": cut.walked}),
-        ("read", cut.read_warps, {}),
-        ("measure", cut.whole_warps, whole),
-        ("measure parts", cut.part_warps, parts),
-        ("tally", cut.tally_warps, {}),
-    ):
+    for label, warps, more in launches:
         kernel = getattr(fused_erasing_kernels, label.split()[0])
         tiling = fused.Tiling(cut.chunk, cut.keys, cut.columns)
         described = source(kernel, tiling, "bf16", False, MADE, **asked | more)
