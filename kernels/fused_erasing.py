@@ -166,9 +166,10 @@ def _run(
     positions: Sequence[int],
     half: bool,
 ) -> ScanOutput:
-    from . import fused_erasing_kernels
+    from . import fused_erasing_kernels, fused_hard_kernels
 
     kernels: Any = fused_erasing_kernels
+    careful: Any = fused_hard_kernels
     keyed = not r.scalar_decay or writes == 2
     rows, length = writes * r.time, cut.chunk
     chunks = -(-rows // length)
@@ -188,9 +189,9 @@ def _run(
         found = empty(*heads, padded, r.key)
         return found.view(torch.bfloat16).view(2, -1) if split else found
 
-    final, fast = empty(*heads, r.key, r.value), empty(*heads, chunks, dtype=torch.int32)
+    final, hard = empty(*heads, r.key, r.value), empty(*heads, chunks, dtype=torch.int32)
     remaining = of_keys() if keyed else empty(*heads, padded)
-    kept = empty(*heads, chunks, r.key if keyed else 1)
+    kept = empty(2, *heads, chunks, r.key if keyed else 1)
     through = of_keys() if r.erases else final
     values = empty(*heads, padded, r.value) if r.erases else r.v
     strides = (values.stride(0), values.stride(2), values.stride(1)) if r.erases else r.v.stride()[:3]
@@ -208,25 +209,24 @@ def _run(
     wide = shape | exact | {"VALUE": r.value, "ERASES": r.erases}
     kinds = {"PAIRS": writes == 2, "HAS_SCALE": r.write_scale is not None}
     grid = (chunks, r.heads, r.batch)
-    related = outputs or r.erases
     system = empty(*heads, padded, length) if keyed and r.erases else kept
     seen = empty(*heads, padded, length, dtype=rounded) if keyed and outputs else kept
 
-    def prepare(again: bool) -> None:
-        kernels.prepare[grid](
-            *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values, fast, *sizes,
-            **wide, **kinds, BS=cut.slice, BV=cut.prepared, KEYED=keyed, BASE=cut.base, RELATED=again,
-            num_warps=cut.prepare_warps,
+    kernels.prepare[grid](
+        *k, *v, *weight, *decay, *along, *erase, remaining, kept, through, values, hard, *sizes,
+        **wide, **kinds, BS=cut.slice, BV=cut.prepared, KEYED=keyed, BASE=cut.base,
+        num_warps=cut.prepare_warps,
+    )  # fmt: skip
+    if keyed:
+        careful.relate[grid](
+            *q, *k, *decay, *along, *erase, system, seen, hard, *sizes[:3], **shape, **exact,
+            PART=min(PART, length), BS=cut.part_slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs,
+            num_warps=cut.part_warps,
         )  # fmt: skip
-
-    prepare(False)
-    if keyed and related:
-        kernels.relate[grid](
-            *q, *k, *decay, *along, *erase, system, seen, fast, *sizes[:3], **shape, **exact, PART=min(PART, length),
-            BS=cut.part_slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs, num_warps=cut.part_warps,
+        careful.solve[grid](
+            *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values, hard, *sizes,
+            **wide, **kinds, BS=cut.part_slice, BV=cut.part_columns, BASE=cut.base, num_warps=cut.part_warps,
         )  # fmt: skip
-    if keyed and r.erases:
-        prepare(True)
     held = sorted({(writes * p + writes - 1) // length for p in positions})
     entered, slots = final, kept
     if held:
@@ -246,7 +246,7 @@ def _run(
 
     def read(measure: bool, again: bool) -> None:
         kernels.read[(chunks * pieces * (outputs + measure), r.heads, r.batch)](
-            *q, *k, *u, *v, *weight, *decay, *erase, states, energy, seen, fast,
+            *q, *k, *u, *v, *weight, *decay, *erase, kept, states, energy, seen, hard,
             kept if r.skip is None else r.skip, kept if y is None else y, found, *sizes, **wide, **kinds,
             BS=cut.read_slice, BV=cut.columns, BLOCKS=energies, KEYED=keyed, DELTA=r.delta_rule,
             HAS_SKIP=r.skip is not None, OUTPUTS=outputs, MEASURE=measure, RELATED=again,
@@ -259,13 +259,13 @@ def _run(
         read(False, True)
     if keyed and measure:
         gained = empty(*heads, padded, r.key)
-        kernels.measure[grid](
-            *k, *u, *v, *weight, *decay, *erase, states, gained, fast, found, *sizes, **wide, **kinds,
+        careful.measure[grid](
+            *k, *u, *v, *weight, *decay, *erase, states, gained, hard, found, *sizes, **wide, **kinds,
             PART=min(PART, length), BS=cut.part_slice, BV=cut.part_columns, PIECES=pieces, DELTA=r.delta_rule,
             num_warps=cut.part_warps,
         )  # fmt: skip
-        kernels.tally[grid](
-            *k, *decay, *erase, energy, gained, fast, found, *sizes, **shape, FIELDS=FIELDS, BK=cut.keys,
+        careful.tally[grid](
+            *k, *decay, *erase, energy, gained, hard, found, *sizes, **shape, FIELDS=FIELDS, BK=cut.keys,
             BLOCKS=energies, PIECES=pieces, PAIRS=writes == 2, num_warps=cut.tally_warps,
         )  # fmt: skip
     steps, erased = None, None

@@ -11,7 +11,7 @@ rows of the same column are marked instead.
 import triton
 import triton.language as tl
 
-from .fused_kernels import _bounded
+from .fused_kernels import LOG2E, _bounded
 
 SIZES = ["ROWS", "PADDED", "CHUNKS", "BATCH"]
 """Arguments for whose values nothing is compiled anew: texts differ in length."""
@@ -23,9 +23,30 @@ leaves 2^47 for what they multiply."""
 
 @triton.jit
 def _halves(x):
-    """A float32 as two bfloat16, the first its rounding."""
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+    """A float32 as two bfloat16, the first cut off after its bits."""
+    bits = x.to(tl.int32, bitcast=True)
+    rest = x - (bits & -65536).to(tl.float32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), rest.to(tl.bfloat16)
+
+
+@triton.jit
+def _split(x, SPLIT: tl.constexpr):
+    """With SPLIT the halves of a tile, otherwise the tile twice."""
+    if SPLIT:
+        high, low = _halves(x)
+    else:
+        high, low = x, x
+    return high, low
+
+
+@triton.jit
+def _by_halves(a, a_low, b, b_low, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of two tiles of :func:`_split`, to 16 bits or more."""
+    if SPLIT:
+        found = tl.dot(a, b, tl.dot(a, b_low, tl.dot(a_low, b, c)))
+    else:
+        found = tl.dot(a, b, c, input_precision=PRECISION)
+    return found
 
 
 @triton.jit
@@ -41,24 +62,27 @@ def _dot(a, b, c, BF16: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def _exact(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Add a product of what feeds back, to 16 bits or more: with SPLIT three of its halves."""
-    if SPLIT:
-        a_high, a_low = _halves(a)
-        b_high, b_low = _halves(b)
-        found = tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high, c)))
-    else:
-        found = tl.dot(a, b, c, input_precision=PRECISION)
-    return found
+    a, a_low = _split(a, SPLIT)
+    b, b_low = _split(b, SPLIT)
+    return _by_halves(a, a_low, b, b_low, c, SPLIT, PRECISION)
 
 
 @triton.jit
-def _put(x, at, plane, mask, SPLIT: tl.constexpr):
-    """Store a tile; with SPLIT its two halves, one plane after the other."""
+def _put(x, x_low, at, plane, mask, SPLIT: tl.constexpr):
+    """Store a tile of :func:`_split`, with SPLIT its two halves in planes one after the other."""
+    tl.store(at, x, mask=mask)
     if SPLIT:
-        high, low = _halves(x)
-        tl.store(at, high, mask=mask)
-        tl.store(at + plane, low, mask=mask)
-    else:
-        tl.store(at, x, mask=mask)
+        tl.store(at + plane, x_low, mask=mask)
+
+
+@triton.jit
+def _take(at, plane, mask, SPLIT: tl.constexpr):
+    """Load what :func:`_put` stored."""
+    x = tl.load(at, mask=mask, other=0.0)
+    x_low = x
+    if SPLIT:
+        x_low = tl.load(at + plane, mask=mask, other=0.0)
+    return x, x_low
 
 
 @triton.jit
@@ -75,37 +99,6 @@ def _marked(x):
     if tl.max(bad.to(tl.int32)) > 0:
         mark = _since_bad(bad)
     return tl.where(bad, 0.0, x).to(x.dtype), mark
-
-
-@triton.jit
-def _of_row(x, row):
-    """One row of a tile."""
-    return tl.sum(tl.where((tl.arange(0, x.shape[0]) == row)[:, None], x, 0.0), 0)
-
-
-@triton.jit
-def _ones(L: tl.constexpr, BACK: tl.constexpr):
-    """Ones on the diagonal and below it, or above with BACK."""
-    rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    if BACK:
-        found = rows <= columns
-    else:
-        found = rows >= columns
-    return found.to(tl.float32)
-
-
-@triton.jit
-def _sums(g, BACK: tl.constexpr, SPLIT: tl.constexpr):
-    """Sums of all rows up to each, or from each on; g is finite. With SPLIT a product of three parts."""
-    if SPLIT:
-        ones = _ones(g.shape[0], BACK).to(tl.bfloat16)
-        high, rest = _halves(g)
-        low = g - high.to(tl.float32) - rest.to(tl.float32)
-        found = tl.dot(ones, low.to(tl.bfloat16), tl.zeros_like(g))
-        found = tl.dot(ones, high, tl.dot(ones, rest, found))
-    else:
-        found = tl.cumsum(g, 0, reverse=BACK)
-    return found
 
 
 @triton.jit
@@ -136,37 +129,13 @@ def _halfway(g, L: tl.constexpr):
 
 
 @triton.jit
-def _early(g, rows, begin, middle):
-    """What survives from each row on to the row ``begin``, where its part begins, and on to its middle."""
-    past = tl.where((rows < begin)[:, None], g, 0.0)
-    within = tl.where((rows >= begin)[:, None], g, 0.0)
-    earlier = tl.cumsum(past, 0, reverse=True) - past
-    return _factor(middle + tl.where((rows < begin)[:, None], earlier, -tl.cumsum(within, 0)))
-
-
-@triton.jit
-def _factor(x):
-    """A power of two that stays finite; not by minimum(), which may drop a NaN."""
-    return tl.exp2(tl.where(x > RANGE, RANGE, x))
-
-
-@triton.jit
 def _too_far(halfway, total):
-    """Whether some key forgets more than :data:`RANGE` in either half.
+    """Whether some key forgets more than :data:`RANGE` in either half, or what is no number.
 
     The factors of rows are counted from half of all that is forgotten, as far from 1 either way.
     """
-    return tl.max(((halfway < -RANGE) | (total - halfway < -RANGE)).to(tl.int32)) > 0
-
-
-@triton.jit
-def _one_by_one(x, at, k, local, begin, rows, PART: tl.constexpr):
-    r"""What rows of a part read of one another, :math:`\sum_k e^{at_t - local_j} x_t k_j`, pair by pair."""
-    found = tl.zeros((x.shape[0], rows.shape[0]), tl.float32)
-    for j in range(PART):
-        past = tl.exp2(tl.minimum(at - _of_row(local, j)[None, :], 0.0)) * _of_row(k, j)[None, :]
-        found = tl.where((rows == begin + j)[None, :], _along(x * past), found)
-    return found
+    near = (halfway >= -RANGE) & (total - halfway >= -RANGE) & (total < float("inf"))
+    return tl.min(near.to(tl.int32)) == 0
 
 
 @triton.jit
@@ -269,13 +238,13 @@ def _finite(x):
 
 
 @triton.jit
-def _of_input(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add a product of what feeds back with an input, which in bfloat16 is its own first half."""
+def _halves_of_input(a, a_low, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of a tile of :func:`_split` with an input, which in bfloat16 is its own first half."""
     if SPLIT and b.dtype == tl.bfloat16:
-        high, low = _halves(a)
-        found = tl.dot(high, b, tl.dot(low, b, c))
+        found = tl.dot(a, b, tl.dot(a_low, b, c))
     else:
-        found = _exact(a, b.to(tl.float32), c, SPLIT, PRECISION)
+        b, b_low = _split(b.to(tl.float32), SPLIT)
+        found = _by_halves(a, a_low, b, b_low, c, SPLIT, PRECISION)
     return found
 
 
@@ -305,19 +274,12 @@ def _between(local, rows):
 
 @triton.jit
 def _inverted(
-    system,
-    rate,
-    fine,
-    rows,
-    L: tl.constexpr,
-    BASE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    system, rate, rows, L: tl.constexpr, BASE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Invert I - M, M being ``system`` times ``rate``: NaN from the first row on that is not ``fine``."""
-    found, whole = _finite(system)
+    """Invert I - M, M being ``system`` times ``rate``: NaN from the first row on that is not finite."""
+    found, fine = _finite(system)
     found *= rate[:, None]
-    fine = tl.where(tl.abs(rate) < float("inf"), tl.minimum(fine, whole), 0)
+    fine = tl.where(tl.abs(rate) < float("inf"), fine, 0)
     mark = _since_bad(fine == 0)[:, None]
     found = tl.where((rows[:, None] > rows[None, :]) & (mark == mark), found, 0.0)
     return _inverse(found, L, BASE, SPLIT, PRECISION) + mark
@@ -327,12 +289,12 @@ def _inverted(
 def prepare(
     k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
     b, b_b, b_t, b_h, a, a_b, a_t, a_h,
-    system, remaining, kept, through, values, fast,
+    remaining, kept, through, values, hard,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     KEYED: tl.constexpr, PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
-    BASE: tl.constexpr, RELATED: tl.constexpr,
+    BASE: tl.constexpr,
 ):  # fmt: skip
     r"""Find what each chunk does to whatever state enters it, all chunks at once.
 
@@ -341,22 +303,20 @@ def prepare(
     .. math:: U = T W V + T X S_{in}, \qquad S_{out} = \operatorname{diag}(e^{G_L}) S_{in} + K_{rem}^\top U .
 
     ``values`` is :math:`T W V`, ``through`` :math:`T X`, ``remaining`` :math:`K_{rem}`, the keys decayed to
-    the chunk's end, and ``kept`` :math:`e^{G_L}`. Under the delta rule :math:`X` is the key, decayed up to
-    the row's own token, times ``a``; otherwise ``b``, decayed up to the token before. Where nothing is
-    erased, U is W V: W is taken into ``remaining``. Without KEYED ``remaining`` is what survives of each row,
-    one number (batch, head, row), and ``kept`` one (batch, head, chunk).
+    the chunk's end, and ``kept`` :math:`G_L`, base 2, and the same of the first half of the rows. Under the
+    delta rule :math:`X` is the key, decayed up to the row's own token, times ``a``; otherwise ``b``, decayed
+    up to the token before. Where nothing is erased, U is W V: W is taken into ``remaining``. Without KEYED
+    ``remaining`` is what survives of each row, one number (batch, head, row), and ``kept`` is of all keys.
 
-    With KEYED, ``fast`` (batch, head, chunk) is 1 where a key forgets too much to relate all rows of a chunk
-    at once. What such a chunk erases is taken from ``system``, by a second launch with RELATED
-    (:func:`relate`). Grid: (chunks, heads, batch).
+    With KEYED, ``hard`` (batch, head, chunk) is 1 where a key forgets too much to relate all rows of a chunk
+    at once, or a key or rate is not finite: such a chunk is left to launches of its own
+    (:mod:`statescope.kernels.fused_hard_kernels`). Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     of_chunk = (batch * HEADS + head) * CHUNKS + chunk
-    if RELATED:
-        if tl.load(fast + of_chunk) == 0:
-            return
+    chunks = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS
     rows = tl.arange(0, L)
     tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
     first = chunk * (L // 2) if PAIRS else chunk * L
@@ -367,107 +327,108 @@ def prepare(
     b += batch * b_b + first * b_t + head * b_h
     log_decay += batch * g_b + first * g_t + head * g_h
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
+    past = rows[:, None] >= rows[None, :]
     weight = tl.full((L,), 1.0, tl.float32)
     if HAS_SCALE:
         scale += batch * w_b + first * w_t + head * w_h
         weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
-    fine = tl.full((L,), 1, tl.int32)  # rows that forget no NaN
-    if not KEYED:
-        pace, run = _decay_of_rows(log_decay, g_t, tokens, decays)
-    if ERASES:
-        rate = tl.full((L,), 1.0, tl.float32)
-        if not PAIRS:
-            rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
-        if RELATED:
-            erased = tl.load(system + (row + rows)[:, None] * L + rows[None, :])
-        else:
-            erased = tl.zeros((L, L), tl.float32)
-            too_far = 0
-            for start in range(0, KEY, BS):
-                keys = start + tl.arange(0, BS)
-                if KEYED:
-                    kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-                    g, fine_here = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))
-                    fine = tl.minimum(fine, fine_here)
-                    local = _sums(g, False, SPLIT)
-                    halfway, total = _halfway(g, L)
-                    far, middle = _too_far(halfway, total), 0.5 * total
-                    too_far = tl.maximum(too_far, far.to(tl.int32))
-                    xt, at = kt, local - middle
-                    if PAIRS:
-                        asked = decays[:, None] & (keys < KEY)[None, :]
-                        xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
-                        xt, at = xt.to(tl.float32), at - g
-                    early = tl.trans(kt * _factor(middle - local))
-                    erased = _exact(xt * _factor(at), early, erased, SPLIT, PRECISION)
-                else:
-                    kt = _keys(k, k_t, tokens, ends, keys, KEY)
-                    erased = _of_inputs(kt, tl.trans(kt), erased, SPLIT, PRECISION)
-            if KEYED:
-                tl.store(fast + of_chunk, too_far)
-                if too_far > 0:
-                    return
+    rate = tl.full((L,), 1.0, tl.float32)
+    if ERASES and not PAIRS:
+        rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
+    erased = tl.zeros((L, L), tl.float32)
+    if KEYED:
+        far = 0
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+            g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+            local = tl.cumsum(g, 0)
+            halfway, total = _halfway(g, L)
+            far = tl.maximum(far, _too_far(halfway, total).to(tl.int32))
+            inside = (keys < KEY)[None, :] & (rows < L)[:, None]
+            of_rows = (row + rows)[:, None] * KEY + keys[None, :]
+            of_keys = tl.sum(total, 0), tl.sum(halfway, 0)
+            tl.store(kept + of_chunk * KEY + keys, of_keys[0], mask=keys < KEY)
+            tl.store(kept + (chunks + of_chunk) * KEY + keys, of_keys[1], mask=keys < KEY)
+            if ERASES:
+                middle = 0.5 * total
+                early = kt * tl.exp2(middle - local)
+                left = early * tl.exp2(middle)
+                xt, at = kt, local
+                if PAIRS:
+                    asked = decays[:, None] & (keys < KEY)[None, :]
+                    xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
+                    xt, at = xt.to(tl.float32), local - g
+                xt, xt_low = _split(xt * tl.exp2(at - middle), SPLIT)
+                _put(xt, xt_low, through + of_rows, plane, inside, SPLIT)
+                early, early_low = _split(early, SPLIT)
+                early, early_low = tl.trans(early), tl.trans(early_low)
+                erased = _by_halves(xt, xt_low, early, early_low, erased, SPLIT, PRECISION)
             else:
-                erased *= _between(run, rows)
-        erased = tl.where(rows[:, None] >= rows[None, :], erased, 0.0)
-        inverse = _inverted(erased, rate, fine, rows, L, BASE, SPLIT, PRECISION)
-    if not KEYED:
-        later = tl.cumsum(pace, 0, reverse=True) - pace
-        survives = tl.exp2(later)
+                left = kt * tl.exp2(total - local) * weight[:, None]
+                spoilt = ~(tl.abs(tl.sum(left, 0)) < float("inf"))
+                far = tl.maximum(far, tl.max(spoilt.to(tl.int32)))
+            left, left_low = _split(left, SPLIT)
+            _put(left, left_low, remaining + of_rows, plane, inside, SPLIT)
+        if ERASES:
+            erased = tl.where(past, erased, 0.0)
+            fine = (tl.abs(erased) < float("inf")) & (tl.abs(rate * weight) < float("inf"))[:, None]
+            far = tl.maximum(far, 1 - tl.min(fine.to(tl.int32)))
+        tl.store(hard + of_chunk, far)
+        if far > 0:
+            return
+    else:
+        pace, run = _decay_of_rows(log_decay, g_t, tokens, decays)
+        survives = tl.exp2(tl.cumsum(pace, 0, reverse=True) - pace)
         if not ERASES:
             survives *= weight
         tl.store(remaining + row + rows, survives)
-        tl.store(kept + of_chunk, tl.exp2(tl.sum(pace, 0)))
-    if KEYED or ERASES:
-        too_far = 0
+        tl.store(kept + of_chunk, tl.sum(pace, 0))
+    if ERASES:
+        if KEYED:
+            inverse = _inverse(
+                tl.where(rows[:, None] > rows[None, :], erased * rate[:, None], 0.0),
+                L,
+                BASE,
+                SPLIT,
+                PRECISION,
+            )
+            mark = tl.zeros((L, 1), tl.float32)
+        else:
+            for start in range(0, KEY, BS):
+                kt = _keys(k, k_t, tokens, ends, start + tl.arange(0, BS), KEY)
+                erased = _of_inputs(kt, tl.trans(kt), erased, SPLIT, PRECISION)
+            erased = tl.where(past, erased * _between(run, rows), 0.0)
+            inverse = _inverted(erased, rate, rows, L, BASE, SPLIT, PRECISION)
+            rate *= tl.exp2(run)
+            rate = tl.where(tl.abs(rate) < float("inf"), rate, 0.0)
+            usable = tl.abs(weight) < float("inf")
+            mark = _since_bad(~usable)[:, None]
+            weight = tl.where(usable, weight, 0.0)
+        to_keys, to_keys_low = _split(inverse * rate[None, :], SPLIT)
+        tl.debug_barrier()
         for start in range(0, KEY, BS):
             keys = start + tl.arange(0, BS)
             inside = (keys < KEY)[None, :] & (rows < L)[:, None]
-            of_rows = (row + rows)[:, None] * KEY + keys[None, :]
+            at = through + (row + rows)[:, None] * KEY + keys[None, :]
+            found = tl.zeros((L, BS), tl.float32)
             if KEYED:
-                kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-                g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-                spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
-                g = _finite(g)[0]
-                left = kt * tl.exp2(_sums(g, True, SPLIT) - g) + spoilt
-                if not ERASES:
-                    left *= weight[:, None]
-                _put(left, remaining + of_rows, plane, inside, SPLIT)
-                halfway, total = _halfway(g, L)
-                far = _too_far(halfway, total)
-                too_far = tl.maximum(too_far, far.to(tl.int32))
-                of_keys = tl.exp2(total) + spoilt + tl.zeros((1, BS), tl.float32)
-                tl.store(kept + of_chunk * KEY + keys, tl.sum(of_keys, 0), mask=keys < KEY)
-            if ERASES:
-                found = tl.zeros((L, BS), tl.float32)
-                if KEYED:
-                    xt = kt * rate[:, None]
-                    before = _sums(g, False, SPLIT)
-                    if PAIRS:
-                        asked = decays[:, None] & (keys < KEY)[None, :]
-                        xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
-                        xt = xt.to(tl.float32)
-                        before -= g
-                    xt = _finite(xt)[0] * tl.exp2(before)
-                    found = _exact(inverse, xt, found, SPLIT, PRECISION)
-                else:
-                    early = rate * tl.exp2(run)
-                    early = tl.where(tl.abs(early) < float("inf"), early, 0.0)
-                    kt = _finite(_keys(k, k_t, tokens, ends, keys, KEY))[0]
-                    found = _of_input(inverse * early[None, :], kt, found, SPLIT, PRECISION)
-                _put(found, through + of_rows, plane, inside, SPLIT)
-        if KEYED and not ERASES:
-            tl.store(fast + of_chunk, too_far)
-    if ERASES:
-        usable = tl.abs(weight) < float("inf")
-        mark = _since_bad(~usable)[:, None]
-        inverse *= tl.where(usable, weight, 0.0)[None, :]
+                xt, xt_low = _take(at, plane, inside, SPLIT)
+                found = _by_halves(to_keys, to_keys_low, xt, xt_low, found, SPLIT, PRECISION)
+                total = tl.load(kept + of_chunk * KEY + keys, mask=keys < KEY, other=0.0)
+                found *= tl.exp2(0.5 * total)[None, :]
+            else:
+                kt = _finite(_keys(k, k_t, tokens, ends, keys, KEY))[0]
+                found = _halves_of_input(to_keys, to_keys_low, kt, found, SPLIT, PRECISION)
+            found, found_low = _split(found, SPLIT)
+            _put(found, found_low, at, plane, inside, SPLIT)
+        to_values, to_values_low = _split(inverse * weight[None, :], SPLIT)
         for start in range(0, VALUE, BV):
             columns = start + tl.arange(0, BV)
             shown = ends[:, None] & (columns < VALUE)[None, :]
             u = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=shown, other=0.0)
             u, bad_from = _marked(u)
-            u = _of_input(inverse, u, tl.zeros((L, BV), tl.float32), SPLIT, PRECISION) + bad_from + mark
+            u = _halves_of_input(to_values, to_values_low, u, bad_from + mark, SPLIT, PRECISION)
             own_values = (columns < VALUE)[None, :] & (rows < L)[:, None]
             tl.store(values + (row + rows[:, None]) * VALUE + columns[None, :], u, mask=own_values)
 
@@ -547,12 +508,12 @@ def walk(
             asked = there & (columns < VALUE)[None, :]
             written = tl.load(u + rows[:, None] * u_t + columns[None, :], mask=asked, other=0.0)
         if KEYED:
-            keep = tl.load(kept + keys, mask=keys < KEY, other=0.0)[:, None]
+            keep = tl.exp2(tl.load(kept + keys, mask=keys < KEY, other=0.0))[:, None]
             kt = tl.load(remaining + of_keys, mask=own_keys, other=0.0)
             if SPLIT:
                 kt_low = tl.load(remaining + plane + of_keys, mask=own_keys, other=0.0)
         else:
-            keep = tl.load(kept)
+            keep = tl.exp2(tl.load(kept))
             asked = there & (keys < KEY)[None, :]
             kt = tl.load(k + rows[:, None] * k_t + keys[None, :], mask=asked, other=0.0)
             survives = tl.load(remaining + rows)[:, None]
@@ -598,7 +559,7 @@ def walk(
 def read(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
     log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
-    states, energy, seen, fast, skip, y, found,
+    kept, states, energy, seen, hard, skip, y, found,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
@@ -615,8 +576,8 @@ def read(
     of what is erased, and the share of it along the key, with PAIRS the product of a token's two writes.
     With PAIRS the second row of each token leaves the first out of its :math:`\langle D_t, U_t \rangle`.
 
-    ``u`` is what is written, without ERASES before it is scaled. Chunks that are ``fast`` (:func:`prepare`)
-    are left to a second launch, with RELATED, which takes from ``seen`` what queries read of their chunk.
+    ``u`` is what is written, without ERASES before it is scaled. Chunks that are ``hard`` (:func:`prepare`) are
+    left to a second launch, with RELATED, which takes from ``seen`` what queries read of their chunk.
     Programs that read and such that measure are neighbours, as they load the same.
     Grid: (chunks * pieces * (OUTPUTS + MEASURE), heads, batch).
     """
@@ -628,7 +589,7 @@ def read(
     batch = tl.program_id(2).to(tl.int64)
     own = batch * HEADS + head
     if KEYED:
-        if (tl.load(fast + own * CHUNKS + chunk) != 0) != RELATED:
+        if (tl.load(hard + own * CHUNKS + chunk) != 0) != RELATED:
             return
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
@@ -642,6 +603,7 @@ def read(
     log_decay += batch * g_b + first * g_t + head * g_h
     states += (own * CHUNKS + chunk) * (KEY * VALUE)
     u += batch * u_b + chunk * L * u_t + head * u_h
+    kept += (own * CHUNKS + chunk) * KEY
     shown = (columns < VALUE)[None, :] & (rows < left)[:, None]
     ut = tl.load(u + rows[:, None] * u_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
     weight = tl.full((L,), 1.0, tl.float32)
@@ -663,26 +625,27 @@ def read(
             inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
             state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
             qt = _keys(q, q_t, tokens, ends, keys, KEY)
-            if KEYED:
-                g, fine_here = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))
-                known = tl.minimum(known, fine_here)
-                local = _sums(g, False, SPLIT)
-                qt = qt.to(tl.float32)
-                if not RELATED:
-                    kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-                    middle = 0.5 * _halfway(g, L)[1]
-                    early = tl.trans(kt * _factor(middle - local))
-                    read_of = _dot(qt * _factor(local - middle), early, read_of, SPLIT, PRECISION)
-                out = _dot(qt * tl.exp2(local), state, out, SPLIT, PRECISION)
+            if RELATED:
+                g, fine = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))
+                known = tl.minimum(known, fine)
+                out = _dot(qt.to(tl.float32) * tl.exp2(tl.cumsum(g, 0)), state, out, SPLIT, PRECISION)
+            elif KEYED:
+                g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+                middle = 0.5 * tl.load(kept + keys, mask=keys < KEY, other=0.0)[None, :]
+                since = tl.cumsum(g, 0) - middle
+                qt = qt.to(tl.float32) * tl.exp2(since)
+                kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+                read_of = _dot(qt, tl.trans(kt * tl.exp2(-since)), read_of, SPLIT, PRECISION)
+                out = _dot(qt * tl.exp2(middle), state, out, SPLIT, PRECISION)
             else:
                 kt = _keys(k, k_t, tokens, ends, keys, KEY)
                 if not SPLIT:
                     qt, kt = qt.to(tl.float32), kt.to(tl.float32)
                 read_of = _dot(qt, tl.trans(kt), read_of, SPLIT, PRECISION)
                 out = _dot(qt, state, out, SPLIT, PRECISION)
-        if KEYED:
+        if RELATED:
             out += _since_bad(known == 0)[:, None]
-        else:
+        elif not KEYED:
             run = _decay_of_rows(log_decay, g_t, tokens, decays)[1]
             read_of *= _between(run, rows)
             out *= tl.exp2(run)[:, None]
@@ -700,9 +663,12 @@ def read(
         tl.store(y + of_y, out.to(y.dtype.element_ty), mask=there)
     else:
         before = rows[:, None] > rows[None, :]
-        gram = _dot(ut, tl.trans(ut), tl.zeros((L, L), tl.float32), SPLIT, PRECISION)
         squares = _along(ut * ut)
         total = _along(ut)
+        whole = tl.abs(squares) < float("inf")
+        ut = tl.where(whole, ut, 0.0)
+        squares, total = tl.where(whole, squares, 0.0), tl.where(whole, total, 0.0)
+        gram = _dot(ut, tl.trans(ut), tl.zeros((L, L), tl.float32), SPLIT, PRECISION)
         apart = before
         beside = tl.zeros((L, 1), tl.float32)
         removed = tl.zeros((L, 1), tl.float32)
@@ -710,6 +676,7 @@ def read(
             apart = before & ~(ends[:, None] & (rows[:, None] == rows[None, :] + 1))
             at = (rows[:, None] - 1) * u_t + columns[None, :]
             beside = _along(ut * tl.load(u + at, mask=there, other=0.0))
+            beside = tl.where(tl.abs(beside) < float("inf"), beside, 0.0)
         if DELTA:
             vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
             if SPLIT:  # as it was multiplied, so that nothing is removed where nothing is there
@@ -725,29 +692,31 @@ def read(
         decayed = tl.zeros((L, 1), tl.float32)
         entries = tl.zeros((L, 1), tl.float32)
         paces = tl.zeros((L, 1), tl.float32)
-        plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (pieces * BLOCKS * (KEY if KEYED else 1))
+        chunks = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS
+        plane = chunks * (pieces * BLOCKS * (KEY if KEYED else 1))
         energy += ((own * CHUNKS + chunk) * pieces + piece) * (BLOCKS * (KEY if KEYED else 1))
         if KEYED:
             half = (rows < L // 2)[:, None]
-            fine = tl.full((L,), 1, tl.int32)
+            ones = (rows[:, None] >= rows[None, :]).to(tl.float32)
+            apart = before & (half == tl.trans(half))
             for start in range(0, KEY, BS):
                 keys = start + tl.arange(0, BS)
                 inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
                 state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-                g, fine_here = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))
-                fine = tl.minimum(fine, fine_here)
-                local = _sums(g, False, SPLIT)
-                halfway, all_of = _halfway(g, L)
-                middle = 0.5 * all_of
-                since = _factor(local - middle)
+                g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+                middle = 0.5 * tl.load(kept + keys, mask=keys < KEY, other=0.0)[None, :]
+                halfway = tl.load(kept + chunks * KEY + keys, mask=keys < KEY, other=0.0)[None, :]
                 kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-                early = _finite(kt)[0] * _factor(middle - local)
+                local = tl.cumsum(g, 0) - middle
+                since, until = tl.exp2(local), tl.exp2(-local)
+                early = kt * until
                 stored = _dot(ut, tl.trans(state), tl.zeros((L, BS), tl.float32), SPLIT, PRECISION)
                 stored = _dot(gram, early, stored * tl.exp2(middle), SPLIT, PRECISION) * since * kt
                 crossed += _along(stored)
                 squares_here = kt * kt
                 key_squares += _along(squares_here)
                 key_sums += _along(kt)
+                paces += _along(g)
                 gained = 2 * stored + squares_here * squares
                 if PAIRS:
                     asked = ends[:, None] & (keys < KEY)[None, :]
@@ -757,33 +726,31 @@ def read(
                     gained += 2 * pair * beside
                 of_rows = tl.zeros((BS,), tl.float32)
                 sums = tl.zeros((BS,), tl.float32)
-                for block in range(BLOCKS):
+                for block in tl.static_range(BLOCKS):
                     of_rows += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
                     sums += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
-                # Energies fall twice as fast: each half of the chunk has a middle of its own.
-                gained = _finite(gained)[0]
-                to_half = tl.exp2(tl.where(half, 2 * (halfway - local), 0.0))
-                of_half = tl.sum(tl.where(half, gained * to_half, 0.0), 0)[None, :]
-                of_half += tl.exp2(2 * halfway) * of_rows[None, :]
-                own_middle = tl.where(half, 0.5 * halfway, middle + 0.5 * halfway)
-                pace = _factor(2 * (local - own_middle))
-                within = _sums_before(gained * _factor(2 * (own_middle - local)), L, SPLIT, PRECISION)
-                entered = tl.where(half, tl.exp2(2 * local) * of_rows[None, :], 0.0)
-                entered += tl.where(half, 0.0, tl.exp2(2 * (local - halfway)) * of_half)
-                decayed += _along(entered + pace * within)
-                through = _first_exact(
-                    _ones(L, False), early * _finite(total)[0], tl.zeros_like(stored), SPLIT, PRECISION
+                # Energies fall twice as fast: each half of the chunk is counted from a middle of its own.
+                to_middle = tl.where(half, middle - 0.5 * halfway, -0.5 * halfway)
+                onto = until * tl.exp2(-to_middle)
+                energies = _first_exact(
+                    apart.to(tl.float32), gained * onto * onto, tl.zeros_like(stored), SPLIT, PRECISION
                 )
-                entries += _along(tl.exp2(local) * sums[None, :] + since * through)
-                raw = tl.load(
-                    log_decay + tokens[:, None] * g_t + keys[None, :] * g_k,
-                    mask=decays[:, None] & (keys < KEY)[None, :], other=0.0,
-                )  # fmt: skip
-                paces += _along(raw.to(tl.float32))
-            whole = tl.sum(tl.abs(crossed) + tl.abs(key_squares * squares), 1)
-            mark = _since_bad((fine == 0) | ~(whole < float("inf")))[:, None]
-            decayed += mark
-            entries += mark
+                onto = since * tl.exp2(to_middle)
+                energies *= onto * onto
+                entering = since * tl.exp2(tl.where(half, middle, middle - halfway))
+                entering *= entering
+                energies += tl.where(half, entering * of_rows[None, :], 0.0)
+                at_half = tl.sum(tl.where((rows == L // 2 - 1)[:, None], energies + gained, 0.0), 0)
+                decayed += _along(energies + tl.where(half, 0.0, entering) * at_half[None, :])
+                stored = _dot(
+                    ones,
+                    early * total,
+                    tl.zeros_like(stored) + tl.exp2(middle) * sums[None, :],
+                    SPLIT,
+                    PRECISION,
+                )
+                entries += _along(since * stored)
+            paces *= 1 / LOG2E
         else:
             of_keys = tl.zeros((L, L), tl.float32)
             of_state = tl.zeros((L, BV), tl.float32)
@@ -808,18 +775,20 @@ def read(
             added = tl.trans(key_sums * total)
             of_rows = 0.0
             sums = 0.0
-            for block in range(BLOCKS):
+            for block in tl.static_range(BLOCKS):
                 of_rows += tl.load(energy + block)
                 sums += tl.load(energy + plane + block)
             decayed = since * since * of_rows + _along(tl.where(before, between * between * gained, 0.0))
             past = rows[:, None] >= rows[None, :]
             entries = since * sums + _along(tl.where(past, between * added, 0.0))
+        mark = _since_bad(tl.sum(tl.where(whole, 0.0, 1.0), 1) > 0)[:, None]
+        decayed, crossed, entries = decayed + mark, crossed + mark, entries + mark
         field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
         at = piece * field + (batch * ROWS + chunk * L + rows)[:, None] * HEADS + head
         field *= pieces
         here = (rows < left)[:, None]
         tl.store(found + at, decayed, mask=here)
-        tl.store(found + field + at, key_squares * squares, mask=here)
+        tl.store(found + field + at, key_squares * squares + mark, mask=here)
         tl.store(found + 2 * field + at, crossed, mask=here)
         tl.store(found + 3 * field + at, entries, mask=here)
         if KEYED:
@@ -830,274 +799,3 @@ def read(
             rate = tl.load(a + rows * a_t, mask=rows < left, other=0.0).to(tl.float32)[:, None]
             tl.store(found + 5 * field + at, key_squares * removed, mask=here)
             tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def relate(
-    q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
-    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, fast,
-    ROWS, PADDED, CHUNKS,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
-    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # fmt: skip
-    r"""Relate the rows of chunks that are ``fast``: what they erase, and what queries read, of earlier writes.
-
-    ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
-    :math:`j \le t`, where x is what erases (:func:`prepare`), or the query. The decay between two rows is
-    split where the later one's part begins, and what a key forgets too much for within a part is found pair
-    by pair. Grid: (chunks, heads, batch).
-    """
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    if tl.load(fast + (batch * HEADS + head) * CHUNKS + chunk) == 0:
-        return
-    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
-    rows = tl.arange(0, L)
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
-    a += batch * a_b + first * a_t + head * a_h
-    b += batch * b_b + first * b_t + head * b_h
-    log_decay += batch * g_b + first * g_t + head * g_h
-    for begin in range(0, L, PART):
-        own = begin + tl.arange(0, PART)
-        tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
-        own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
-        erased = tl.zeros((PART, L), tl.float32)
-        read_of = tl.zeros((PART, L), tl.float32)
-        for start in range(0, KEY, BS):
-            keys = start + tl.arange(0, BS)
-            g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-            early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-            own_g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY)
-            halfway, total = _halfway(_finite(own_g)[0], PART)
-            far, middle = _too_far(halfway, total), 0.5 * total
-            middle = tl.where(far, 0.0, middle)
-            early *= _early(g, rows, begin, middle)
-            g = own_g
-            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-            local = tl.cumsum(g, 0)
-            if far:
-                early = tl.where((rows < begin)[:, None], early, 0.0)
-            if ERASES:
-                xt, at = kt, local
-                if PAIRS:
-                    asked = own_decays[:, None] & (keys < KEY)[None, :]
-                    xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
-                    xt, at = xt.to(tl.float32), local - g
-                erased = _exact(xt * _factor(at - middle), tl.trans(early), erased, SPLIT, PRECISION)
-                if far:
-                    erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
-            if OUTPUTS:
-                asked = own_ends[:, None] & (keys < KEY)[None, :]
-                qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
-                qt = qt.to(tl.float32)
-                read_of = _dot(qt * _factor(local - middle), tl.trans(early), read_of, SPLIT, PRECISION)
-                if far:
-                    read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)
-        past = own[:, None] >= rows[None, :]
-        at = (((batch * HEADS + head) * PADDED + chunk * L) + own)[:, None] * L + rows[None, :]
-        if ERASES:
-            tl.store(system + at, tl.where(past, erased, 0.0))
-        if OUTPUTS:
-            tl.store(seen + at, tl.where(past, read_of, 0.0).to(seen.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def measure(
-    k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
-    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, fast, found,
-    ROWS, PADDED, CHUNKS, BATCH,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PIECES: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
-):  # fmt: skip
-    """What :func:`read` finds of chunks that are not ``fast``, of those that are, of all columns at once.
-
-    The first piece of ``found`` is given all but what :func:`tally` follows row by row, of which it is given
-    the sum of the value that is written; ``gained`` (batch, head, row, key) is what the write adds to the
-    energy of each row of the state. Grid: (chunks, heads, batch).
-    """
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    own_head = batch * HEADS + head
-    if tl.load(fast + own_head * CHUNKS + chunk) == 0:
-        return
-    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
-    rows = tl.arange(0, L)
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    a += batch * a_b + first * a_t + head * a_h
-    v += batch * v_b + first * v_t + head * v_h
-    log_decay += batch * g_b + first * g_t + head * g_h
-    u += batch * u_b + chunk * L * u_t + head * u_h
-    states += (own_head * CHUNKS + chunk) * (KEY * VALUE)
-    field = (tl.zeros((), tl.int64) + BATCH) * PIECES * ROWS * HEADS
-    if HAS_SCALE:
-        scale += batch * w_b + first * w_t + head * w_h
-    for begin in range(0, L, PART):
-        own = begin + tl.arange(0, PART)
-        tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
-        own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
-        gram = tl.zeros((PART, L), tl.float32)
-        squares = tl.zeros((PART, 1), tl.float32)
-        total = tl.zeros((PART, 1), tl.float32)
-        removed = tl.zeros((PART, 1), tl.float32)
-        beside = tl.zeros((PART, 1), tl.float32)
-        early_weight = tl.full((L,), 1.0, tl.float32)
-        weight = tl.full((PART,), 1.0, tl.float32)
-        if HAS_SCALE:
-            weight = tl.load(scale + own_tokens * w_t, mask=own_ends, other=0.0).to(tl.float32)
-            early_weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
-        for start in range(0, VALUE, BV):
-            columns = start + tl.arange(0, BV)
-            inside = (columns < VALUE)[None, :]
-            at = rows[:, None] * u_t + columns[None, :]
-            earlier = tl.load(
-                u + at, mask=inside & (rows < tl.minimum(left, begin + PART))[:, None], other=0.0
-            )
-            earlier = earlier.to(tl.float32)
-            at = own[:, None] * u_t + columns[None, :]
-            ut = tl.load(u + at, mask=inside & (own < left)[:, None], other=0.0).to(tl.float32)
-            if HAS_SCALE and not ERASES:
-                ut *= weight[:, None]
-                earlier *= early_weight[:, None]
-            gram = _dot(ut, tl.trans(earlier), gram, SPLIT, PRECISION)
-            squares += _along(ut * ut)
-            total += _along(ut)
-            if PAIRS:
-                beside += _along(ut * tl.load(u + at - u_t, mask=inside & own_ends[:, None], other=0.0))
-            if DELTA:
-                there = own_ends[:, None] & inside
-                vt = tl.load(v + own_tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
-                multiplied = weight
-                if SPLIT:
-                    high, low = _halves(weight)
-                    multiplied = high.to(tl.float32) + low.to(tl.float32)
-                vt = vt.to(tl.float32) * multiplied[:, None]
-                removed += _along((ut - vt) * (ut - vt))
-        apart = own[:, None] > rows[None, :]
-        if PAIRS:
-            apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
-        gram = tl.where(apart, gram, 0.0)
-        key_squares = tl.zeros((PART, 1), tl.float32)
-        pair_products = tl.zeros((PART, 1), tl.float32)
-        crossed = tl.zeros((PART, 1), tl.float32)
-        for start in range(0, KEY, BS):
-            keys = start + tl.arange(0, BS)
-            g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))[0]
-            early = _finite(_written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS))[0]
-            stored = tl.zeros((PART, BS), tl.float32)
-            for block in range(0, VALUE, BV):
-                columns = block + tl.arange(0, BV)
-                at = own[:, None] * u_t + columns[None, :]
-                shown = (columns < VALUE)[None, :] & (own < left)[:, None]
-                ut = tl.load(u + at, mask=shown, other=0.0).to(tl.float32)
-                if HAS_SCALE and not ERASES:
-                    ut *= weight[:, None]
-                inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-                state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-                stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
-            own_g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY))[0]
-            local = tl.cumsum(own_g, 0)
-            halfway, all_of = _halfway(own_g, PART)
-            far, middle = _too_far(halfway, all_of), 0.5 * all_of
-            middle = tl.where(far, 0.0, middle)
-            early *= _early(g, rows, begin, middle)
-            entered = tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
-            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-            if far:
-                early = tl.where((rows < begin)[:, None], early, 0.0)
-            stored *= entered * tl.exp2(local)
-            stored += _dot(gram, early, tl.zeros_like(stored), SPLIT, PRECISION) * _factor(local - middle)
-            if far:
-                fine = _finite(kt)[0]
-                for j in range(PART):
-                    weights = _along(tl.where((rows == begin + j)[None, :], gram, 0.0))
-                    since = tl.exp2(tl.minimum(local - _of_row(local, j)[None, :], 0.0))
-                    since = tl.where((own > begin + j)[:, None], since, 0.0)
-                    stored += weights * since * _of_row(fine, j)[None, :]
-            stored *= kt
-            crossed += _along(stored)
-            key_squares += _along(kt * kt)
-            energy = 2 * stored + kt * kt * squares
-            if PAIRS:
-                own_pair = own_ends[:, None] & (keys < KEY)[None, :]
-                pair = tl.load(a + own_tokens[:, None] * a_t + keys[None, :], mask=own_pair, other=0.0)
-                pair = kt * pair.to(tl.float32)
-                pair_products += _along(pair)
-                energy += 2 * pair * beside
-            at = (own_head * PADDED + chunk * L + own)[:, None] * KEY + keys[None, :]
-            tl.store(gained + at, energy, mask=(keys < KEY)[None, :] & (own < L)[:, None])
-        here = (own < left)[:, None]
-        at = (batch * ROWS + chunk * L + own)[:, None] * HEADS + head
-        tl.store(found + field + at, key_squares * squares, mask=here)
-        tl.store(found + 2 * field + at, crossed, mask=here)
-        tl.store(found + 3 * field + at, total, mask=here)
-        if PAIRS:
-            tl.store(found + 5 * field + at, beside * pair_products, mask=here)
-        if DELTA:
-            rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
-            tl.store(found + 5 * field + at, key_squares * removed, mask=here)
-            tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def tally(
-    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
-    energy, gained, fast, found,
-    ROWS, PADDED, CHUNKS, BATCH,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, FIELDS: tl.constexpr,
-    L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Follow energy and sum of every row of the state through chunks that are ``fast``, row by row.
-
-    Of the fields of ``found`` it fills what :func:`measure` leaves, and clears all pieces but the first,
-    which has the sums of all. Grid: (chunks, heads, batch).
-    """
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    keys = tl.arange(0, BK)
-    own = batch * HEADS + head
-    if tl.load(fast + own * CHUNKS + chunk) == 0:
-        return
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    a += batch * a_b + first * a_t + head * a_h
-    log_decay += batch * g_b + first * g_t + head * g_h
-    gained += (own * PADDED + chunk * L) * KEY
-    piece = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
-    found += (batch * ROWS + chunk * L) * HEADS + head
-    energy += (own * CHUNKS + chunk) * (PIECES * BLOCKS * KEY)
-    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (PIECES * BLOCKS * KEY)
-    squares = tl.zeros((BK,), tl.float32)
-    entries = tl.zeros((BK,), tl.float32)
-    for block in range(PIECES * BLOCKS):
-        squares += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
-        entries += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
-    for row in range(tl.minimum(ROWS - chunk * L, L).to(tl.int32)):
-        token = row // 2 if PAIRS else row
-        decays = row % 2 == 0 if PAIRS else row >= 0
-        inside = (keys < KEY) & decays
-        at = found + row * HEADS
-        g = tl.load(log_decay + token * g_t + keys * g_k, mask=inside, other=0.0).to(tl.float32)
-        tl.store(at + 4 * PIECES * piece, tl.sum(g) / KEY)
-        fall = tl.exp2(_bounded(g))
-        squares *= fall * fall
-        tl.store(at, tl.sum(squares))
-        squares += tl.load(gained + row * KEY + keys, mask=keys < KEY, other=0.0)
-        if PAIRS:
-            kt = tl.load(k + token * k_t + keys, mask=(keys < KEY) & (row % 2 == 1), other=0.0).to(tl.float32)
-            kt += tl.load(a + token * a_t + keys, mask=inside, other=0.0).to(tl.float32)
-        else:
-            kt = tl.load(k + token * k_t + keys, mask=keys < KEY, other=0.0).to(tl.float32)
-        entries = entries * fall + kt * tl.load(at + 3 * PIECES * piece)
-        tl.store(at + 3 * PIECES * piece, tl.sum(entries))
-        for field in range(FIELDS):
-            for other in range(1, PIECES):
-                tl.store(at + (field * PIECES + other) * piece, 0.0)

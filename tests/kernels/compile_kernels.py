@@ -25,6 +25,7 @@ from statescope.kernels import (
     fused_entries_kernels,
     fused_erasing,
     fused_erasing_kernels,
+    fused_hard_kernels,
     fused_kernels,
     loss_kernels,
     window_kernels,
@@ -75,7 +76,7 @@ def source(
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
-            kinds = {"spoiled": "*i32", "slots": "*i32", "ends": "*i64"} | dict.fromkeys(
+            kinds = {"spoiled": "*i32", "hard": "*i32", "slots": "*i32", "ends": "*i64"} | dict.fromkeys(
                 (*shapes, *made), f"*{dtype}"
             )
             signature[argument] = kinds.get(argument, "*fp32")
@@ -123,22 +124,23 @@ def erasing(
     parts = {"BS": cut.part_slice, "BV": cut.part_columns}
     walked = {"BK": cut.walked_keys, "BV": cut.walked, "BLOCKS": pieces * blocks, "STAGES": cut.walk_stages}
     launches = [
-        ("prepare", cut.prepare_warps, {"BS": cut.slice, "BV": cut.prepared, "RELATED": False}),
+        ("prepare", cut.prepare_warps, {"BS": cut.slice, "BV": cut.prepared}),
         ("walk", cut.walk_warps, walked),
         ("read", cut.read_warps, reads | {"RELATED": False}),
         ("read y", cut.read_warps, reads | {"RELATED": False, "MEASURE": False}),
     ]
     if constants["KEYED"]:
         launches += [
-            ("prepare again", cut.prepare_warps, {"BS": cut.slice, "BV": cut.prepared, "RELATED": True}),
             ("relate", cut.part_warps, parts),
+            ("solve", cut.part_warps, parts),
             ("measure", cut.part_warps, parts),
             ("read again", cut.read_warps, reads | {"RELATED": True, "MEASURE": False}),
             ("tally", cut.tally_warps, {"BK": cut.keys, "BLOCKS": blocks}),
         ]
     found = {}
     for label, warps, more in launches:
-        kernel = getattr(fused_erasing_kernels, label.split()[0])
+        name = label.split()[0]
+        kernel = getattr(fused_erasing_kernels, name, None) or getattr(fused_hard_kernels, name)
         tiling = fused.Tiling(cut.chunk, cut.keys, cut.columns)
         described = source(kernel, tiling, "bf16", False, MADE, **asked | more)
         compiled = triton.compile(described, target=where, options={"num_warps": warps})

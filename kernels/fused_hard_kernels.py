@@ -1,0 +1,412 @@
+"""The device code of :mod:`statescope.kernels.fused_erasing` for hard chunks; importing it needs triton.
+
+A chunk is hard where some key forgets too much for one factor for each row, or something is not finite
+(:func:`statescope.kernels.fused_erasing_kernels.prepare`). Here rows are related part by part, and within a
+part pair by pair where even that is too much, and a NaN reaches no earlier row.
+"""
+
+import triton
+import triton.language as tl
+
+from .fused_erasing_kernels import (
+    RANGE,
+    SIZES,
+    _along,
+    _by_halves,
+    _decays_of_keys,
+    _dot,
+    _exact,
+    _finite,
+    _halfway,
+    _halves,
+    _inverted,
+    _marked,
+    _put,
+    _split,
+    _tokens,
+    _too_far,
+    _written_keys,
+)
+from .fused_kernels import _bounded
+
+
+@triton.jit
+def _of_row(x, row):
+    """One row of a tile."""
+    return tl.sum(tl.where((tl.arange(0, x.shape[0]) == row)[:, None], x, 0.0), 0)
+
+
+@triton.jit
+def _early(g, rows, begin, middle):
+    """What survives from each row on to the row ``begin``, where its part begins, and on to its middle."""
+    past = tl.where((rows < begin)[:, None], g, 0.0)
+    within = tl.where((rows >= begin)[:, None], g, 0.0)
+    earlier = tl.cumsum(past, 0, reverse=True) - past
+    return _factor(middle + tl.where((rows < begin)[:, None], earlier, -tl.cumsum(within, 0)))
+
+
+@triton.jit
+def _factor(x):
+    """A power of two that stays finite; not by minimum(), which may drop a NaN."""
+    return tl.exp2(tl.where(x > RANGE, RANGE, x))
+
+
+@triton.jit
+def _one_by_one(x, at, k, local, begin, rows, PART: tl.constexpr):
+    r"""What rows of a part read of one another, :math:`\sum_k e^{at_t - local_j} x_t k_j`, pair by pair."""
+    found = tl.zeros((x.shape[0], rows.shape[0]), tl.float32)
+    for j in range(PART):
+        past = tl.exp2(tl.minimum(at - _of_row(local, j)[None, :], 0.0)) * _of_row(k, j)[None, :]
+        found = tl.where((rows == begin + j)[None, :], _along(x * past), found)
+    return found
+
+
+@triton.jit(do_not_specialize=SIZES)
+def relate(
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
+    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, hard,
+    ROWS, PADDED, CHUNKS,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    r"""Relate the rows of hard chunks: what they erase, and what queries read, of earlier writes.
+
+    ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
+    :math:`j \le t`, where x is what erases (:func:`prepare`), or the query. The decay between two rows is
+    split where the later one's part begins, and what a key forgets too much for within a part is found pair
+    by pair. Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    if tl.load(hard + (batch * HEADS + head) * CHUNKS + chunk) == 0:
+        return
+    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    rows = tl.arange(0, L)
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
+    a += batch * a_b + first * a_t + head * a_h
+    b += batch * b_b + first * b_t + head * b_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    for begin in range(0, L, PART):
+        own = begin + tl.arange(0, PART)
+        tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
+        own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+        erased = tl.zeros((PART, L), tl.float32)
+        read_of = tl.zeros((PART, L), tl.float32)
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+            early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+            own_g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY)
+            halfway, total = _halfway(_finite(own_g)[0], PART)
+            far, middle = _too_far(halfway, total), 0.5 * total
+            middle = tl.where(far, 0.0, middle)
+            early *= _early(g, rows, begin, middle)
+            g = own_g
+            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+            local = tl.cumsum(g, 0)
+            if far:
+                early = tl.where((rows < begin)[:, None], early, 0.0)
+            if ERASES:
+                xt, at = kt, local
+                if PAIRS:
+                    asked = own_decays[:, None] & (keys < KEY)[None, :]
+                    xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
+                    xt, at = xt.to(tl.float32), local - g
+                erased = _exact(xt * _factor(at - middle), tl.trans(early), erased, SPLIT, PRECISION)
+                if far:
+                    erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
+            if OUTPUTS:
+                asked = own_ends[:, None] & (keys < KEY)[None, :]
+                qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
+                qt = qt.to(tl.float32)
+                read_of = _dot(qt * _factor(local - middle), tl.trans(early), read_of, SPLIT, PRECISION)
+                if far:
+                    read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)
+        past = own[:, None] >= rows[None, :]
+        at = (((batch * HEADS + head) * PADDED + chunk * L) + own)[:, None] * L + rows[None, :]
+        if ERASES:
+            tl.store(system + at, tl.where(past, erased, 0.0))
+        if OUTPUTS:
+            tl.store(seen + at, tl.where(past, read_of, 0.0).to(seen.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def solve(
+    k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
+    b, b_b, b_t, b_h, a, a_b, a_t, a_h,
+    system, remaining, kept, through, values, hard,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """Find what ``prepare`` does of others, from ``system`` (:func:`relate`). Grid: (chunks, heads, batch)."""
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    of_chunk = (batch * HEADS + head) * CHUNKS + chunk
+    if tl.load(hard + of_chunk) == 0:
+        return
+    chunks = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS
+    rows = tl.arange(0, L)
+    tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    row = (batch * HEADS + head) * PADDED + chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    v += batch * v_b + first * v_t + head * v_h
+    a += batch * a_b + first * a_t + head * a_h
+    b += batch * b_b + first * b_t + head * b_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
+    weight = tl.full((L,), 1.0, tl.float32)
+    if HAS_SCALE:
+        scale += batch * w_b + first * w_t + head * w_h
+        weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+    rate = tl.full((L,), 1.0, tl.float32)
+    inverse, inverse_low = rate, rate
+    if ERASES:
+        if not PAIRS:
+            rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
+        system = tl.load(system + (row + rows)[:, None] * L + rows[None, :])
+        inverse = _inverted(system, rate, rows, L, BASE, SPLIT, PRECISION)
+        inverse, inverse_low = _split(inverse, SPLIT)
+    for start in range(0, KEY, BS):
+        keys = start + tl.arange(0, BS)
+        inside = (keys < KEY)[None, :] & (rows < L)[:, None]
+        of_rows = (row + rows)[:, None] * KEY + keys[None, :]
+        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+        spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
+        g = _finite(g)[0]
+        left = kt * tl.exp2(tl.cumsum(g, 0, reverse=True) - g) + spoilt
+        if not ERASES:
+            left *= weight[:, None]
+        left, left_low = _split(left, SPLIT)
+        _put(left, left_low, remaining + of_rows, plane, inside, SPLIT)
+        halfway, total = _halfway(g, L)
+        tl.store(kept + of_chunk * KEY + keys, tl.sum(total + spoilt, 0), mask=keys < KEY)
+        tl.store(kept + (chunks + of_chunk) * KEY + keys, tl.sum(halfway, 0), mask=keys < KEY)
+        if ERASES:
+            xt = kt * rate[:, None]
+            before = tl.cumsum(g, 0)
+            if PAIRS:
+                asked = decays[:, None] & (keys < KEY)[None, :]
+                xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0).to(tl.float32)
+                before -= g
+            xt, xt_low = _split(_finite(xt)[0] * tl.exp2(before), SPLIT)
+            found = tl.zeros((L, BS), tl.float32)
+            found = _by_halves(inverse, inverse_low, xt, xt_low, found, SPLIT, PRECISION)
+            found, found_low = _split(found, SPLIT)
+            _put(found, found_low, through + of_rows, plane, inside, SPLIT)
+    if ERASES:
+        for start in range(0, VALUE, BV):
+            columns = start + tl.arange(0, BV)
+            shown = ends[:, None] & (columns < VALUE)[None, :]
+            u = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
+            u, bad_from = _marked(u * weight[:, None])
+            u, u_low = _split(u, SPLIT)
+            u = _by_halves(inverse, inverse_low, u, u_low, bad_from, SPLIT, PRECISION)
+            own_values = (columns < VALUE)[None, :] & (rows < L)[:, None]
+            tl.store(values + (row + rows[:, None]) * VALUE + columns[None, :], u, mask=own_values)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def measure(
+    k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
+    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PIECES: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """What :func:`read` finds of chunks that are not ``hard``, of those that are, of all columns at once.
+
+    The first piece of ``found`` is given all but what :func:`tally` follows row by row, of which it is given
+    the sum of the value that is written; ``gained`` (batch, head, row, key) is what the write adds to the
+    energy of each row of the state. Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    own_head = batch * HEADS + head
+    if tl.load(hard + own_head * CHUNKS + chunk) == 0:
+        return
+    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    rows = tl.arange(0, L)
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + first * a_t + head * a_h
+    v += batch * v_b + first * v_t + head * v_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    u += batch * u_b + chunk * L * u_t + head * u_h
+    states += (own_head * CHUNKS + chunk) * (KEY * VALUE)
+    field = (tl.zeros((), tl.int64) + BATCH) * PIECES * ROWS * HEADS
+    if HAS_SCALE:
+        scale += batch * w_b + first * w_t + head * w_h
+    for begin in range(0, L, PART):
+        own = begin + tl.arange(0, PART)
+        tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
+        own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+        gram = tl.zeros((PART, L), tl.float32)
+        squares = tl.zeros((PART, 1), tl.float32)
+        total = tl.zeros((PART, 1), tl.float32)
+        removed = tl.zeros((PART, 1), tl.float32)
+        beside = tl.zeros((PART, 1), tl.float32)
+        early_weight = tl.full((L,), 1.0, tl.float32)
+        weight = tl.full((PART,), 1.0, tl.float32)
+        if HAS_SCALE:
+            weight = tl.load(scale + own_tokens * w_t, mask=own_ends, other=0.0).to(tl.float32)
+            early_weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+        for start in range(0, VALUE, BV):
+            columns = start + tl.arange(0, BV)
+            inside = (columns < VALUE)[None, :]
+            at = rows[:, None] * u_t + columns[None, :]
+            earlier = tl.load(
+                u + at, mask=inside & (rows < tl.minimum(left, begin + PART))[:, None], other=0.0
+            )
+            earlier = earlier.to(tl.float32)
+            at = own[:, None] * u_t + columns[None, :]
+            ut = tl.load(u + at, mask=inside & (own < left)[:, None], other=0.0).to(tl.float32)
+            if HAS_SCALE and not ERASES:
+                ut *= weight[:, None]
+                earlier *= early_weight[:, None]
+            gram = _dot(ut, tl.trans(earlier), gram, SPLIT, PRECISION)
+            squares += _along(ut * ut)
+            total += _along(ut)
+            if PAIRS:
+                beside += _along(ut * tl.load(u + at - u_t, mask=inside & own_ends[:, None], other=0.0))
+            if DELTA:
+                there = own_ends[:, None] & inside
+                vt = tl.load(v + own_tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+                multiplied = weight
+                if SPLIT:
+                    high, low = _halves(weight)
+                    multiplied = high.to(tl.float32) + low.to(tl.float32)
+                vt = vt.to(tl.float32) * multiplied[:, None]
+                removed += _along((ut - vt) * (ut - vt))
+        apart = own[:, None] > rows[None, :]
+        if PAIRS:
+            apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
+        gram = tl.where(apart, gram, 0.0)
+        key_squares = tl.zeros((PART, 1), tl.float32)
+        pair_products = tl.zeros((PART, 1), tl.float32)
+        crossed = tl.zeros((PART, 1), tl.float32)
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))[0]
+            early = _finite(_written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS))[0]
+            stored = tl.zeros((PART, BS), tl.float32)
+            for block in range(0, VALUE, BV):
+                columns = block + tl.arange(0, BV)
+                at = own[:, None] * u_t + columns[None, :]
+                shown = (columns < VALUE)[None, :] & (own < left)[:, None]
+                ut = tl.load(u + at, mask=shown, other=0.0).to(tl.float32)
+                if HAS_SCALE and not ERASES:
+                    ut *= weight[:, None]
+                inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+                state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+                stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
+            own_g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY))[0]
+            local = tl.cumsum(own_g, 0)
+            halfway, all_of = _halfway(own_g, PART)
+            far, middle = _too_far(halfway, all_of), 0.5 * all_of
+            middle = tl.where(far, 0.0, middle)
+            early *= _early(g, rows, begin, middle)
+            entered = tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
+            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+            if far:
+                early = tl.where((rows < begin)[:, None], early, 0.0)
+            stored *= entered * tl.exp2(local)
+            stored += _dot(gram, early, tl.zeros_like(stored), SPLIT, PRECISION) * _factor(local - middle)
+            if far:
+                fine = _finite(kt)[0]
+                for j in range(PART):
+                    weights = _along(tl.where((rows == begin + j)[None, :], gram, 0.0))
+                    since = tl.exp2(tl.minimum(local - _of_row(local, j)[None, :], 0.0))
+                    since = tl.where((own > begin + j)[:, None], since, 0.0)
+                    stored += weights * since * _of_row(fine, j)[None, :]
+            stored *= kt
+            crossed += _along(stored)
+            key_squares += _along(kt * kt)
+            energy = 2 * stored + kt * kt * squares
+            if PAIRS:
+                own_pair = own_ends[:, None] & (keys < KEY)[None, :]
+                pair = tl.load(a + own_tokens[:, None] * a_t + keys[None, :], mask=own_pair, other=0.0)
+                pair = kt * pair.to(tl.float32)
+                pair_products += _along(pair)
+                energy += 2 * pair * beside
+            at = (own_head * PADDED + chunk * L + own)[:, None] * KEY + keys[None, :]
+            tl.store(gained + at, energy, mask=(keys < KEY)[None, :] & (own < L)[:, None])
+        here = (own < left)[:, None]
+        at = (batch * ROWS + chunk * L + own)[:, None] * HEADS + head
+        tl.store(found + field + at, key_squares * squares, mask=here)
+        tl.store(found + 2 * field + at, crossed, mask=here)
+        tl.store(found + 3 * field + at, total, mask=here)
+        if PAIRS:
+            tl.store(found + 5 * field + at, beside * pair_products, mask=here)
+        if DELTA:
+            rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
+            tl.store(found + 5 * field + at, key_squares * removed, mask=here)
+            tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def tally(
+    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
+    energy, gained, hard, found,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, FIELDS: tl.constexpr,
+    L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Follow energy and sum of every row of the state through chunks that are ``hard``, row by row.
+
+    Of the fields of ``found`` it fills what :func:`measure` leaves, and clears all pieces but the first,
+    which has the sums of all. Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    keys = tl.arange(0, BK)
+    own = batch * HEADS + head
+    if tl.load(hard + own * CHUNKS + chunk) == 0:
+        return
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + first * a_t + head * a_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    gained += (own * PADDED + chunk * L) * KEY
+    piece = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
+    found += (batch * ROWS + chunk * L) * HEADS + head
+    energy += (own * CHUNKS + chunk) * (PIECES * BLOCKS * KEY)
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (PIECES * BLOCKS * KEY)
+    squares = tl.zeros((BK,), tl.float32)
+    entries = tl.zeros((BK,), tl.float32)
+    for block in range(PIECES * BLOCKS):
+        squares += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
+        entries += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
+    for row in range(tl.minimum(ROWS - chunk * L, L).to(tl.int32)):
+        token = row // 2 if PAIRS else row
+        decays = row % 2 == 0 if PAIRS else row >= 0
+        inside = (keys < KEY) & decays
+        at = found + row * HEADS
+        g = tl.load(log_decay + token * g_t + keys * g_k, mask=inside, other=0.0).to(tl.float32)
+        tl.store(at + 4 * PIECES * piece, tl.sum(g) / KEY)
+        fall = tl.exp2(_bounded(g))
+        squares *= fall * fall
+        tl.store(at, tl.sum(squares))
+        squares += tl.load(gained + row * KEY + keys, mask=keys < KEY, other=0.0)
+        if PAIRS:
+            kt = tl.load(k + token * k_t + keys, mask=(keys < KEY) & (row % 2 == 1), other=0.0).to(tl.float32)
+            kt += tl.load(a + token * a_t + keys, mask=inside, other=0.0).to(tl.float32)
+        else:
+            kt = tl.load(k + token * k_t + keys, mask=keys < KEY, other=0.0).to(tl.float32)
+        entries = entries * fall + kt * tl.load(at + 3 * PIECES * piece)
+        tl.store(at + 3 * PIECES * piece, tl.sum(entries))
+        for field in range(FIELDS):
+            for other in range(1, PIECES):
+                tl.store(at + (field * PIECES + other) * piece, 0.0)
