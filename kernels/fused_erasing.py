@@ -37,7 +37,7 @@ from .keyed import Measured
 ROWS = 2**21
 """Writes times heads times sequences worked on at once: bounds the memory whatever the length."""
 
-PART = 32
+PART = 16
 """Rows that are related to earlier ones at once where keys forget much."""
 
 
@@ -70,6 +70,7 @@ class Tiling:
     part_warps: int = 4
     tally_warps: int = 1
     base: int = 16
+    stages: int = 1
 
 
 def halves(recurrence: Recurrence) -> bool:
@@ -215,17 +216,17 @@ def _run(
     kernels.prepare[grid](
         *k, *v, *weight, *decay, *along, *erase, remaining, kept, through, values, hard, *sizes,
         **wide, **kinds, BS=cut.slice, BV=cut.prepared, KEYED=keyed, BASE=cut.base,
-        num_warps=cut.prepare_warps,
+        num_warps=cut.prepare_warps, num_stages=cut.stages,
     )  # fmt: skip
     if keyed:
-        careful.relate[grid](
+        careful.relate[(chunks * length // PART, r.heads, r.batch)](
             *q, *k, *decay, *along, *erase, system, seen, hard, *sizes[:3], **shape, **exact,
-            PART=min(PART, length), BS=cut.part_slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs,
-            num_warps=cut.part_warps,
+            PART=PART, BS=cut.part_slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs,
+            num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
         careful.solve[grid](
             *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values, hard, *sizes,
-            **wide, **kinds, BS=cut.part_slice, BV=cut.part_columns, BASE=cut.base, num_warps=cut.part_warps,
+            **wide, **kinds, BS=cut.part_slice, BV=cut.part_columns, BASE=cut.base, num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
     held = sorted({(writes * p + writes - 1) // length for p in positions})
     entered, slots = final, kept
@@ -250,7 +251,7 @@ def _run(
             kept if r.skip is None else r.skip, kept if y is None else y, found, *sizes, **wide, **kinds,
             BS=cut.read_slice, BV=cut.columns, BLOCKS=energies, KEYED=keyed, DELTA=r.delta_rule,
             HAS_SKIP=r.skip is not None, OUTPUTS=outputs, MEASURE=measure, RELATED=again,
-            num_warps=cut.read_warps,
+            num_warps=cut.read_warps, num_stages=cut.stages,
         )  # fmt: skip
 
     if outputs or measure:
@@ -259,10 +260,10 @@ def _run(
         read(False, True)
     if keyed and measure:
         gained = empty(*heads, padded, r.key)
-        careful.measure[grid](
+        careful.measure[(chunks * length // PART, r.heads, r.batch)](
             *k, *u, *v, *weight, *decay, *erase, states, gained, hard, found, *sizes, **wide, **kinds,
-            PART=min(PART, length), BS=cut.part_slice, BV=cut.part_columns, PIECES=pieces, DELTA=r.delta_rule,
-            num_warps=cut.part_warps,
+            PART=PART, BS=cut.part_slice, BV=cut.part_columns, PIECES=pieces, DELTA=r.delta_rule,
+            num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
         careful.tally[grid](
             *k, *decay, *erase, energy, gained, hard, found, *sizes, **shape, FIELDS=FIELDS, BK=cut.keys,

@@ -75,9 +75,10 @@ def relate(
     ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
     :math:`j \le t`, where x is what erases (:func:`prepare`), or the query. The decay between two rows is
     split where the later one's part begins, and what a key forgets too much for within a part is found pair
-    by pair. Grid: (chunks, heads, batch).
+    by pair. Grid: (chunks * parts, heads, batch).
     """
-    chunk = tl.program_id(0).to(tl.int64)
+    chunk = (tl.program_id(0) // (L // PART)).to(tl.int64)
+    begin = tl.program_id(0) % (L // PART) * PART
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     if tl.load(hard + (batch * HEADS + head) * CHUNKS + chunk) == 0:
@@ -90,48 +91,47 @@ def relate(
     a += batch * a_b + first * a_t + head * a_h
     b += batch * b_b + first * b_t + head * b_h
     log_decay += batch * g_b + first * g_t + head * g_h
-    for begin in range(0, L, PART):
-        own = begin + tl.arange(0, PART)
-        tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
-        own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
-        erased = tl.zeros((PART, L), tl.float32)
-        read_of = tl.zeros((PART, L), tl.float32)
-        for start in range(0, KEY, BS):
-            keys = start + tl.arange(0, BS)
-            g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-            early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-            own_g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY)
-            halfway, total = _halfway(_finite(own_g)[0], PART)
-            far, middle = _too_far(halfway, total), 0.5 * total
-            middle = tl.where(far, 0.0, middle)
-            early *= _early(g, rows, begin, middle)
-            g = own_g
-            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-            local = tl.cumsum(g, 0)
-            if far:
-                early = tl.where((rows < begin)[:, None], early, 0.0)
-            if ERASES:
-                xt, at = kt, local
-                if PAIRS:
-                    asked = own_decays[:, None] & (keys < KEY)[None, :]
-                    xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
-                    xt, at = xt.to(tl.float32), local - g
-                erased = _exact(xt * _factor(at - middle), tl.trans(early), erased, SPLIT, PRECISION)
-                if far:
-                    erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
-            if OUTPUTS:
-                asked = own_ends[:, None] & (keys < KEY)[None, :]
-                qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
-                qt = qt.to(tl.float32)
-                read_of = _dot(qt * _factor(local - middle), tl.trans(early), read_of, SPLIT, PRECISION)
-                if far:
-                    read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)
-        past = own[:, None] >= rows[None, :]
-        at = (((batch * HEADS + head) * PADDED + chunk * L) + own)[:, None] * L + rows[None, :]
+    own = begin + tl.arange(0, PART)
+    tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
+    own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+    erased = tl.zeros((PART, L), tl.float32)
+    read_of = tl.zeros((PART, L), tl.float32)
+    for start in range(0, KEY, BS):
+        keys = start + tl.arange(0, BS)
+        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+        early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+        own_g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY)
+        halfway, total = _halfway(_finite(own_g)[0], PART)
+        far, middle = _too_far(halfway, total), 0.5 * total
+        middle = tl.where(far, 0.0, middle)
+        early *= _early(g, rows, begin, middle)
+        g = own_g
+        kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+        local = tl.cumsum(g, 0)
+        if far:
+            early = tl.where((rows < begin)[:, None], early, 0.0)
         if ERASES:
-            tl.store(system + at, tl.where(past, erased, 0.0))
+            xt, at = kt, local
+            if PAIRS:
+                asked = own_decays[:, None] & (keys < KEY)[None, :]
+                xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
+                xt, at = xt.to(tl.float32), local - g
+            erased = _exact(xt * _factor(at - middle), tl.trans(early), erased, SPLIT, PRECISION)
+            if far:
+                erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
         if OUTPUTS:
-            tl.store(seen + at, tl.where(past, read_of, 0.0).to(seen.dtype.element_ty))
+            asked = own_ends[:, None] & (keys < KEY)[None, :]
+            qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
+            qt = qt.to(tl.float32)
+            read_of = _dot(qt * _factor(local - middle), tl.trans(early), read_of, SPLIT, PRECISION)
+            if far:
+                read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)
+    past = own[:, None] >= rows[None, :]
+    at = (((batch * HEADS + head) * PADDED + chunk * L) + own)[:, None] * L + rows[None, :]
+    if ERASES:
+        tl.store(system + at, tl.where(past, erased, 0.0))
+    if OUTPUTS:
+        tl.store(seen + at, tl.where(past, read_of, 0.0).to(seen.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -228,9 +228,10 @@ def measure(
 
     The first piece of ``found`` is given all but what :func:`tally` follows row by row, of which it is given
     the sum of the value that is written; ``gained`` (batch, head, row, key) is what the write adds to the
-    energy of each row of the state. Grid: (chunks, heads, batch).
+    energy of each row of the state. Grid: (chunks * parts, heads, batch).
     """
-    chunk = tl.program_id(0).to(tl.int64)
+    chunk = (tl.program_id(0) // (L // PART)).to(tl.int64)
+    begin = tl.program_id(0) % (L // PART) * PART
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     own_head = batch * HEADS + head
@@ -248,111 +249,108 @@ def measure(
     field = (tl.zeros((), tl.int64) + BATCH) * PIECES * ROWS * HEADS
     if HAS_SCALE:
         scale += batch * w_b + first * w_t + head * w_h
-    for begin in range(0, L, PART):
-        own = begin + tl.arange(0, PART)
-        tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
-        own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
-        gram = tl.zeros((PART, L), tl.float32)
-        squares = tl.zeros((PART, 1), tl.float32)
-        total = tl.zeros((PART, 1), tl.float32)
-        removed = tl.zeros((PART, 1), tl.float32)
-        beside = tl.zeros((PART, 1), tl.float32)
-        early_weight = tl.full((L,), 1.0, tl.float32)
-        weight = tl.full((PART,), 1.0, tl.float32)
-        if HAS_SCALE:
-            weight = tl.load(scale + own_tokens * w_t, mask=own_ends, other=0.0).to(tl.float32)
-            early_weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
-        for start in range(0, VALUE, BV):
-            columns = start + tl.arange(0, BV)
-            inside = (columns < VALUE)[None, :]
-            at = rows[:, None] * u_t + columns[None, :]
-            earlier = tl.load(
-                u + at, mask=inside & (rows < tl.minimum(left, begin + PART))[:, None], other=0.0
-            )
-            earlier = earlier.to(tl.float32)
+    own = begin + tl.arange(0, PART)
+    tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
+    own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+    gram = tl.zeros((PART, L), tl.float32)
+    squares = tl.zeros((PART, 1), tl.float32)
+    total = tl.zeros((PART, 1), tl.float32)
+    removed = tl.zeros((PART, 1), tl.float32)
+    beside = tl.zeros((PART, 1), tl.float32)
+    early_weight = tl.full((L,), 1.0, tl.float32)
+    weight = tl.full((PART,), 1.0, tl.float32)
+    if HAS_SCALE:
+        weight = tl.load(scale + own_tokens * w_t, mask=own_ends, other=0.0).to(tl.float32)
+        early_weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+    for start in range(0, VALUE, BV):
+        columns = start + tl.arange(0, BV)
+        inside = (columns < VALUE)[None, :]
+        at = rows[:, None] * u_t + columns[None, :]
+        earlier = tl.load(u + at, mask=inside & (rows < tl.minimum(left, begin + PART))[:, None], other=0.0)
+        earlier = earlier.to(tl.float32)
+        at = own[:, None] * u_t + columns[None, :]
+        ut = tl.load(u + at, mask=inside & (own < left)[:, None], other=0.0).to(tl.float32)
+        if HAS_SCALE and not ERASES:
+            ut *= weight[:, None]
+            earlier *= early_weight[:, None]
+        gram = _dot(ut, tl.trans(earlier), gram, SPLIT, PRECISION)
+        squares += _along(ut * ut)
+        total += _along(ut)
+        if PAIRS:
+            beside += _along(ut * tl.load(u + at - u_t, mask=inside & own_ends[:, None], other=0.0))
+        if DELTA:
+            there = own_ends[:, None] & inside
+            vt = tl.load(v + own_tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+            multiplied = weight
+            if SPLIT:
+                high, low = _halves(weight)
+                multiplied = high.to(tl.float32) + low.to(tl.float32)
+            vt = vt.to(tl.float32) * multiplied[:, None]
+            removed += _along((ut - vt) * (ut - vt))
+    apart = own[:, None] > rows[None, :]
+    if PAIRS:
+        apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
+    gram = tl.where(apart, gram, 0.0)
+    key_squares = tl.zeros((PART, 1), tl.float32)
+    pair_products = tl.zeros((PART, 1), tl.float32)
+    crossed = tl.zeros((PART, 1), tl.float32)
+    for start in range(0, KEY, BS):
+        keys = start + tl.arange(0, BS)
+        g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))[0]
+        early = _finite(_written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS))[0]
+        stored = tl.zeros((PART, BS), tl.float32)
+        for block in range(0, VALUE, BV):
+            columns = block + tl.arange(0, BV)
             at = own[:, None] * u_t + columns[None, :]
-            ut = tl.load(u + at, mask=inside & (own < left)[:, None], other=0.0).to(tl.float32)
+            shown = (columns < VALUE)[None, :] & (own < left)[:, None]
+            ut = tl.load(u + at, mask=shown, other=0.0).to(tl.float32)
             if HAS_SCALE and not ERASES:
                 ut *= weight[:, None]
-                earlier *= early_weight[:, None]
-            gram = _dot(ut, tl.trans(earlier), gram, SPLIT, PRECISION)
-            squares += _along(ut * ut)
-            total += _along(ut)
-            if PAIRS:
-                beside += _along(ut * tl.load(u + at - u_t, mask=inside & own_ends[:, None], other=0.0))
-            if DELTA:
-                there = own_ends[:, None] & inside
-                vt = tl.load(v + own_tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
-                multiplied = weight
-                if SPLIT:
-                    high, low = _halves(weight)
-                    multiplied = high.to(tl.float32) + low.to(tl.float32)
-                vt = vt.to(tl.float32) * multiplied[:, None]
-                removed += _along((ut - vt) * (ut - vt))
-        apart = own[:, None] > rows[None, :]
+            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+            stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
+        own_g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY))[0]
+        local = tl.cumsum(own_g, 0)
+        halfway, all_of = _halfway(own_g, PART)
+        far, middle = _too_far(halfway, all_of), 0.5 * all_of
+        middle = tl.where(far, 0.0, middle)
+        early *= _early(g, rows, begin, middle)
+        entered = tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
+        kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+        if far:
+            early = tl.where((rows < begin)[:, None], early, 0.0)
+        stored *= entered * tl.exp2(local)
+        stored += _dot(gram, early, tl.zeros_like(stored), SPLIT, PRECISION) * _factor(local - middle)
+        if far:
+            fine = _finite(kt)[0]
+            for j in range(PART):
+                weights = _along(tl.where((rows == begin + j)[None, :], gram, 0.0))
+                since = tl.exp2(tl.minimum(local - _of_row(local, j)[None, :], 0.0))
+                since = tl.where((own > begin + j)[:, None], since, 0.0)
+                stored += weights * since * _of_row(fine, j)[None, :]
+        stored *= kt
+        crossed += _along(stored)
+        key_squares += _along(kt * kt)
+        energy = 2 * stored + kt * kt * squares
         if PAIRS:
-            apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
-        gram = tl.where(apart, gram, 0.0)
-        key_squares = tl.zeros((PART, 1), tl.float32)
-        pair_products = tl.zeros((PART, 1), tl.float32)
-        crossed = tl.zeros((PART, 1), tl.float32)
-        for start in range(0, KEY, BS):
-            keys = start + tl.arange(0, BS)
-            g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))[0]
-            early = _finite(_written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS))[0]
-            stored = tl.zeros((PART, BS), tl.float32)
-            for block in range(0, VALUE, BV):
-                columns = block + tl.arange(0, BV)
-                at = own[:, None] * u_t + columns[None, :]
-                shown = (columns < VALUE)[None, :] & (own < left)[:, None]
-                ut = tl.load(u + at, mask=shown, other=0.0).to(tl.float32)
-                if HAS_SCALE and not ERASES:
-                    ut *= weight[:, None]
-                inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-                state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-                stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
-            own_g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY))[0]
-            local = tl.cumsum(own_g, 0)
-            halfway, all_of = _halfway(own_g, PART)
-            far, middle = _too_far(halfway, all_of), 0.5 * all_of
-            middle = tl.where(far, 0.0, middle)
-            early *= _early(g, rows, begin, middle)
-            entered = tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
-            kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-            if far:
-                early = tl.where((rows < begin)[:, None], early, 0.0)
-            stored *= entered * tl.exp2(local)
-            stored += _dot(gram, early, tl.zeros_like(stored), SPLIT, PRECISION) * _factor(local - middle)
-            if far:
-                fine = _finite(kt)[0]
-                for j in range(PART):
-                    weights = _along(tl.where((rows == begin + j)[None, :], gram, 0.0))
-                    since = tl.exp2(tl.minimum(local - _of_row(local, j)[None, :], 0.0))
-                    since = tl.where((own > begin + j)[:, None], since, 0.0)
-                    stored += weights * since * _of_row(fine, j)[None, :]
-            stored *= kt
-            crossed += _along(stored)
-            key_squares += _along(kt * kt)
-            energy = 2 * stored + kt * kt * squares
-            if PAIRS:
-                own_pair = own_ends[:, None] & (keys < KEY)[None, :]
-                pair = tl.load(a + own_tokens[:, None] * a_t + keys[None, :], mask=own_pair, other=0.0)
-                pair = kt * pair.to(tl.float32)
-                pair_products += _along(pair)
-                energy += 2 * pair * beside
-            at = (own_head * PADDED + chunk * L + own)[:, None] * KEY + keys[None, :]
-            tl.store(gained + at, energy, mask=(keys < KEY)[None, :] & (own < L)[:, None])
-        here = (own < left)[:, None]
-        at = (batch * ROWS + chunk * L + own)[:, None] * HEADS + head
-        tl.store(found + field + at, key_squares * squares, mask=here)
-        tl.store(found + 2 * field + at, crossed, mask=here)
-        tl.store(found + 3 * field + at, total, mask=here)
-        if PAIRS:
-            tl.store(found + 5 * field + at, beside * pair_products, mask=here)
-        if DELTA:
-            rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
-            tl.store(found + 5 * field + at, key_squares * removed, mask=here)
-            tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
+            own_pair = own_ends[:, None] & (keys < KEY)[None, :]
+            pair = tl.load(a + own_tokens[:, None] * a_t + keys[None, :], mask=own_pair, other=0.0)
+            pair = kt * pair.to(tl.float32)
+            pair_products += _along(pair)
+            energy += 2 * pair * beside
+        at = (own_head * PADDED + chunk * L + own)[:, None] * KEY + keys[None, :]
+        tl.store(gained + at, energy, mask=(keys < KEY)[None, :] & (own < L)[:, None])
+    here = (own < left)[:, None]
+    at = (batch * ROWS + chunk * L + own)[:, None] * HEADS + head
+    tl.store(found + field + at, key_squares * squares, mask=here)
+    tl.store(found + 2 * field + at, crossed, mask=here)
+    tl.store(found + 3 * field + at, total, mask=here)
+    if PAIRS:
+        tl.store(found + 5 * field + at, beside * pair_products, mask=here)
+    if DELTA:
+        rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
+        tl.store(found + 5 * field + at, key_squares * removed, mask=here)
+        tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
 
 
 @triton.jit(do_not_specialize=SIZES)
