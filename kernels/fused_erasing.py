@@ -61,12 +61,15 @@ class Tiling:
     walked_keys: int
     prepared: int
     read_slice: int
+    measured_slice: int
+    measured: int
     part_slice: int
     part_columns: int
     walk_stages: int = 1
     walk_warps: int = 4
     prepare_warps: int = 4
     read_warps: int = 4
+    measure_warps: int = 4
     part_warps: int = 4
     tally_warps: int = 1
     base: int = 16
@@ -96,11 +99,23 @@ def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
     if half and modern:
         parts = {"part_slice": 32, "part_columns": 64, "walk_stages": 3}
         across = keys if r.erases else min(keys, 64)
-        return Tiling(64, keys, min(keys, 64), min(values, 128), 32, across, min(values, 64), 32, **parts)
+        return Tiling(
+            64,
+            keys,
+            min(keys, 64),
+            min(values, 128),
+            32,
+            across,
+            min(values, 64),
+            32,
+            32,
+            min(values, 128),
+            **parts,
+        )
     some, columns = min(keys, 32), min(values, 32)
     across = keys if r.erases else some
     length = 32 if keys <= 128 else 16
-    return Tiling(length, keys, some, columns, 16, across, columns, some, some, columns)
+    return Tiling(length, keys, some, columns, 16, across, columns, some, some, columns, some, columns)
 
 
 def scan(
@@ -243,31 +258,38 @@ def _run(
         num_warps=cut.walk_warps,
     )  # fmt: skip
     y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
+    pieces = 1 if keyed else pieces  # of what is measured
     found = empty(FIELDS, pieces, r.batch, rows, r.heads) if measure else kept
 
-    def read(measure: bool, again: bool) -> None:
-        kernels.read[(chunks * pieces * (outputs + measure), r.heads, r.batch)](
+    def read(again: bool) -> None:
+        both = measure and not keyed
+        kernels.read[(chunks * -(-r.value // cut.columns) * (outputs + both), r.heads, r.batch)](
             *q, *k, *u, *v, *weight, *decay, *erase, kept, states, energy, seen, hard,
             kept if r.skip is None else r.skip, kept if y is None else y, found, *sizes, **wide, **kinds,
             BS=cut.read_slice, BV=cut.columns, BLOCKS=energies, KEYED=keyed, DELTA=r.delta_rule,
-            HAS_SKIP=r.skip is not None, OUTPUTS=outputs, MEASURE=measure, RELATED=again,
+            HAS_SKIP=r.skip is not None, OUTPUTS=outputs, MEASURE=both, RELATED=again,
             num_warps=cut.read_warps, num_stages=cut.stages,
         )  # fmt: skip
 
-    if outputs or measure:
-        read(measure, False)
+    if outputs or (measure and not keyed):
+        read(False)
     if keyed and outputs:
-        read(False, True)
+        read(True)
     if keyed and measure:
         gained = empty(*heads, padded, r.key)
-        careful.measure[(chunks * length // PART, r.heads, r.batch)](
-            *k, *u, *v, *weight, *decay, *erase, states, gained, hard, found, *sizes, **wide, **kinds,
-            PART=PART, BS=cut.part_slice, BV=cut.part_columns, PIECES=pieces, DELTA=r.delta_rule,
-            num_warps=cut.part_warps, num_stages=cut.stages,
+        written = (*k, *u, *v, *weight, *decay, *erase)
+        delta = {"DELTA": r.delta_rule}
+        kernels.measure[grid](
+            *written, kept, states, gained, hard, found, *sizes, **wide, **kinds, **delta,
+            BS=cut.measured_slice, BV=cut.measured, num_warps=cut.measure_warps, num_stages=cut.stages,
         )  # fmt: skip
-        careful.tally[grid](
-            *k, *decay, *erase, energy, gained, hard, found, *sizes, **shape, FIELDS=FIELDS, BK=cut.keys,
-            BLOCKS=energies, PIECES=pieces, PAIRS=writes == 2, num_warps=cut.tally_warps,
+        careful.measure_parts[(chunks * length // PART, r.heads, r.batch)](
+            *written, states, gained, hard, found, *sizes, **wide, **kinds, **delta,
+            PART=PART, BS=cut.part_slice, BV=cut.part_columns, num_warps=cut.part_warps, num_stages=cut.stages,
+        )  # fmt: skip
+        kernels.tally[grid](
+            *k, *decay, *erase, energy, gained, found, *sizes, **shape, BK=cut.keys,
+            BLOCKS=energy.shape[-2], PAIRS=writes == 2, num_warps=cut.tally_warps,
         )  # fmt: skip
     steps, erased = None, None
     if measure:

@@ -669,14 +669,7 @@ def read(
         ut = tl.where(whole, ut, 0.0)
         squares, total = tl.where(whole, squares, 0.0), tl.where(whole, total, 0.0)
         gram = _dot(ut, tl.trans(ut), tl.zeros((L, L), tl.float32), SPLIT, PRECISION)
-        apart = before
-        beside = tl.zeros((L, 1), tl.float32)
         removed = tl.zeros((L, 1), tl.float32)
-        if PAIRS:
-            apart = before & ~(ends[:, None] & (rows[:, None] == rows[None, :] + 1))
-            at = (rows[:, None] - 1) * u_t + columns[None, :]
-            beside = _along(ut * tl.load(u + at, mask=there, other=0.0))
-            beside = tl.where(tl.abs(beside) < float("inf"), beside, 0.0)
         if DELTA:
             vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
             if SPLIT:  # as it was multiplied, so that nothing is removed where nothing is there
@@ -684,103 +677,41 @@ def read(
                 weight = high.to(tl.float32) + low.to(tl.float32)
             vt = vt.to(tl.float32) * weight[:, None]
             removed = _along((ut - vt) * (ut - vt))
-        gram = tl.where(apart, gram, 0.0)
+        gram = tl.where(before, gram, 0.0)
         key_squares = tl.zeros((L, 1), tl.float32)
         key_sums = tl.zeros((L, 1), tl.float32)
-        pair_products = tl.zeros((L, 1), tl.float32)
-        crossed = tl.zeros((L, 1), tl.float32)
-        decayed = tl.zeros((L, 1), tl.float32)
-        entries = tl.zeros((L, 1), tl.float32)
-        paces = tl.zeros((L, 1), tl.float32)
         chunks = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS
-        plane = chunks * (pieces * BLOCKS * (KEY if KEYED else 1))
-        energy += ((own * CHUNKS + chunk) * pieces + piece) * (BLOCKS * (KEY if KEYED else 1))
-        if KEYED:
-            half = (rows < L // 2)[:, None]
-            ones = (rows[:, None] >= rows[None, :]).to(tl.float32)
-            apart = before & (half == tl.trans(half))
-            for start in range(0, KEY, BS):
-                keys = start + tl.arange(0, BS)
-                inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-                state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-                g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-                middle = 0.5 * tl.load(kept + keys, mask=keys < KEY, other=0.0)[None, :]
-                halfway = tl.load(kept + chunks * KEY + keys, mask=keys < KEY, other=0.0)[None, :]
-                kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-                local = tl.cumsum(g, 0) - middle
-                since, until = tl.exp2(local), tl.exp2(-local)
-                early = kt * until
-                stored = _dot(ut, tl.trans(state), tl.zeros((L, BS), tl.float32), SPLIT, PRECISION)
-                stored = _dot(gram, early, stored * tl.exp2(middle), SPLIT, PRECISION) * since * kt
-                crossed += _along(stored)
-                squares_here = kt * kt
-                key_squares += _along(squares_here)
-                key_sums += _along(kt)
-                paces += _along(g)
-                gained = 2 * stored + squares_here * squares
-                if PAIRS:
-                    asked = ends[:, None] & (keys < KEY)[None, :]
-                    pair = tl.load(a + tokens[:, None] * a_t + keys[None, :], mask=asked, other=0.0)
-                    pair = kt * pair.to(tl.float32)
-                    pair_products += _along(pair)
-                    gained += 2 * pair * beside
-                of_rows = tl.zeros((BS,), tl.float32)
-                sums = tl.zeros((BS,), tl.float32)
-                for block in tl.static_range(BLOCKS):
-                    of_rows += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
-                    sums += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
-                # Energies fall twice as fast: each half of the chunk is counted from a middle of its own.
-                to_middle = tl.where(half, middle - 0.5 * halfway, -0.5 * halfway)
-                onto = until * tl.exp2(-to_middle)
-                energies = _first_exact(
-                    apart.to(tl.float32), gained * onto * onto, tl.zeros_like(stored), SPLIT, PRECISION
-                )
-                onto = since * tl.exp2(to_middle)
-                energies *= onto * onto
-                entering = since * tl.exp2(tl.where(half, middle, middle - halfway))
-                entering *= entering
-                energies += tl.where(half, entering * of_rows[None, :], 0.0)
-                at_half = tl.sum(tl.where((rows == L // 2 - 1)[:, None], energies + gained, 0.0), 0)
-                decayed += _along(energies + tl.where(half, 0.0, entering) * at_half[None, :])
-                stored = _dot(
-                    ones,
-                    early * total,
-                    tl.zeros_like(stored) + tl.exp2(middle) * sums[None, :],
-                    SPLIT,
-                    PRECISION,
-                )
-                entries += _along(since * stored)
-            paces *= 1 / LOG2E
-        else:
-            of_keys = tl.zeros((L, L), tl.float32)
-            of_state = tl.zeros((L, BV), tl.float32)
-            for start in range(0, KEY, BS):
-                keys = start + tl.arange(0, BS)
-                inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
-                state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
-                kt = _keys(k, k_t, tokens, ends, keys, KEY)
-                if not SPLIT:
-                    kt = kt.to(tl.float32)
-                of_keys = _dot(kt, tl.trans(kt), of_keys, SPLIT, PRECISION)
-                of_state = _dot(kt, state, of_state, SPLIT, PRECISION)
+        plane = chunks * (pieces * BLOCKS)
+        energy += ((own * CHUNKS + chunk) * pieces + piece) * BLOCKS
+        of_keys = tl.zeros((L, L), tl.float32)
+        of_state = tl.zeros((L, BV), tl.float32)
+        for start in range(0, KEY, BS):
+            keys = start + tl.arange(0, BS)
+            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+            kt = _keys(k, k_t, tokens, ends, keys, KEY)
+            if not SPLIT:
                 kt = kt.to(tl.float32)
-                key_squares += _along(kt * kt)
-                key_sums += _along(kt)
-            local = _decay_of_rows(log_decay, g_t, tokens, decays)[1]
-            between = _between(local, rows)
-            since = tl.exp2(local)[:, None]
-            crossed = _along(ut * of_state) * since
-            crossed += _along(tl.where(apart, gram * of_keys * between, 0.0))
-            gained = tl.trans(2 * crossed + key_squares * squares)
-            added = tl.trans(key_sums * total)
-            of_rows = 0.0
-            sums = 0.0
-            for block in tl.static_range(BLOCKS):
-                of_rows += tl.load(energy + block)
-                sums += tl.load(energy + plane + block)
-            decayed = since * since * of_rows + _along(tl.where(before, between * between * gained, 0.0))
-            past = rows[:, None] >= rows[None, :]
-            entries = since * sums + _along(tl.where(past, between * added, 0.0))
+            of_keys = _dot(kt, tl.trans(kt), of_keys, SPLIT, PRECISION)
+            of_state = _dot(kt, state, of_state, SPLIT, PRECISION)
+            kt = kt.to(tl.float32)
+            key_squares += _along(kt * kt)
+            key_sums += _along(kt)
+        local = _decay_of_rows(log_decay, g_t, tokens, decays)[1]
+        between = _between(local, rows)
+        since = tl.exp2(local)[:, None]
+        crossed = _along(ut * of_state) * since
+        crossed += _along(tl.where(before, gram * of_keys * between, 0.0))
+        gained = tl.trans(2 * crossed + key_squares * squares)
+        added = tl.trans(key_sums * total)
+        of_rows = 0.0
+        sums = 0.0
+        for block in tl.static_range(BLOCKS):
+            of_rows += tl.load(energy + block)
+            sums += tl.load(energy + plane + block)
+        decayed = since * since * of_rows + _along(tl.where(before, between * between * gained, 0.0))
+        past = rows[:, None] >= rows[None, :]
+        entries = since * sums + _along(tl.where(past, between * added, 0.0))
         mark = _since_bad(tl.sum(tl.where(whole, 0.0, 1.0), 1) > 0)[:, None]
         decayed, crossed, entries = decayed + mark, crossed + mark, entries + mark
         field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
@@ -791,11 +722,174 @@ def read(
         tl.store(found + field + at, key_squares * squares + mark, mask=here)
         tl.store(found + 2 * field + at, crossed, mask=here)
         tl.store(found + 3 * field + at, entries, mask=here)
-        if KEYED:
-            tl.store(found + 4 * field + at, paces / KEY, mask=here)
-        if PAIRS:
-            tl.store(found + 5 * field + at, beside * pair_products, mask=here)
         if DELTA:
             rate = tl.load(a + rows * a_t, mask=rows < left, other=0.0).to(tl.float32)[:, None]
             tl.store(found + 5 * field + at, key_squares * removed, mask=here)
             tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def measure(
+    k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
+    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, kept, states, gained, hard, found,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Bring what is written and what is stored together, where keys decay each at its own rate.
+
+    ``found`` is as :func:`read` has it, in one piece, but for what :func:`tally` follows row by row, of which
+    it is given the sum of the value that is written; ``gained`` (batch, head, row, key) is what the write
+    adds to the energy of each row of the state. With PAIRS the second row of each token leaves the first out
+    of its product with the state, and what the two have in common is a field of its own. Chunks that are
+    ``hard`` are left out (:mod:`statescope.kernels.fused_hard_kernels`). Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    own = batch * HEADS + head
+    if tl.load(hard + own * CHUNKS + chunk) != 0:
+        return
+    left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    rows = tl.arange(0, L)
+    tokens, decays, ends = _tokens(rows, left, PAIRS)
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + first * a_t + head * a_h
+    v += batch * v_b + first * v_t + head * v_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    states += (own * CHUNKS + chunk) * (KEY * VALUE)
+    u += batch * u_b + chunk * L * u_t + head * u_h
+    kept += (own * CHUNKS + chunk) * KEY
+    gained += (own * PADDED + chunk * L) * KEY
+    weight = tl.full((L,), 1.0, tl.float32)
+    if HAS_SCALE:
+        scale += batch * w_b + first * w_t + head * w_h
+        weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+    gram = tl.zeros((L, L), tl.float32)
+    squares = tl.zeros((L, 1), tl.float32)
+    total = tl.zeros((L, 1), tl.float32)
+    removed = tl.zeros((L, 1), tl.float32)
+    beside = tl.zeros((L, 1), tl.float32)
+    for start in range(0, VALUE, BV):
+        columns = start + tl.arange(0, BV)
+        shown = (columns < VALUE)[None, :] & (rows < left)[:, None]
+        at = rows[:, None] * u_t + columns[None, :]
+        ut = tl.load(u + at, mask=shown, other=0.0).to(tl.float32)
+        if HAS_SCALE and not ERASES:
+            ut *= weight[:, None]
+        gram = _dot(ut, tl.trans(ut), gram, SPLIT, PRECISION)
+        squares += _along(ut * ut)
+        total += _along(ut)
+        if PAIRS:
+            there = ends[:, None] & (columns < VALUE)[None, :]
+            beside += _along(ut * tl.load(u + at - u_t, mask=there, other=0.0))
+        if DELTA:
+            there = ends[:, None] & (columns < VALUE)[None, :]
+            vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+            multiplied = weight
+            if SPLIT:  # as it was multiplied, so that nothing is removed where nothing is there
+                high, low = _halves(weight)
+                multiplied = high.to(tl.float32) + low.to(tl.float32)
+            vt = vt.to(tl.float32) * multiplied[:, None]
+            removed += _along((ut - vt) * (ut - vt))
+    apart = rows[:, None] > rows[None, :]
+    if PAIRS:
+        apart = apart & ~(ends[:, None] & (rows[:, None] == rows[None, :] + 1))
+    gram = tl.where(apart, gram, 0.0)
+    key_squares = tl.zeros((L, 1), tl.float32)
+    pair_products = tl.zeros((L, 1), tl.float32)
+    crossed = tl.zeros((L, 1), tl.float32)
+    for start in range(0, KEY, BS):
+        keys = start + tl.arange(0, BS)
+        stored = tl.zeros((L, BS), tl.float32)
+        for block in range(0, VALUE, BV):
+            columns = block + tl.arange(0, BV)
+            shown = (columns < VALUE)[None, :] & (rows < left)[:, None]
+            ut = tl.load(u + rows[:, None] * u_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
+            if HAS_SCALE and not ERASES:
+                ut *= weight[:, None]
+            inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+            state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
+            stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
+        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
+        middle = 0.5 * tl.load(kept + keys, mask=keys < KEY, other=0.0)[None, :]
+        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
+        since = tl.cumsum(g, 0) - middle
+        early = kt * tl.exp2(-since)
+        stored = _dot(gram, early, stored * tl.exp2(middle), SPLIT, PRECISION) * tl.exp2(since) * kt
+        crossed += _along(stored)
+        key_squares += _along(kt * kt)
+        energy = 2 * stored + kt * kt * squares
+        if PAIRS:
+            asked = ends[:, None] & (keys < KEY)[None, :]
+            pair = tl.load(a + tokens[:, None] * a_t + keys[None, :], mask=asked, other=0.0)
+            pair = kt * pair.to(tl.float32)
+            pair_products += _along(pair)
+            energy += 2 * pair * beside
+        at = rows[:, None] * KEY + keys[None, :]
+        tl.store(gained + at, energy, mask=(keys < KEY)[None, :] & (rows < L)[:, None])
+    field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
+    at = (batch * ROWS + chunk * L + rows)[:, None] * HEADS + head
+    here = (rows < left)[:, None]
+    tl.store(found + field + at, key_squares * squares, mask=here)
+    tl.store(found + 2 * field + at, crossed, mask=here)
+    tl.store(found + 3 * field + at, total, mask=here)
+    if PAIRS:
+        tl.store(found + 5 * field + at, beside * pair_products, mask=here)
+    if DELTA:
+        rate = tl.load(a + rows * a_t, mask=rows < left, other=0.0).to(tl.float32)[:, None]
+        tl.store(found + 5 * field + at, key_squares * removed, mask=here)
+        tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def tally(
+    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
+    energy, gained, found,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
+    L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Follow energy and sum of every row of the state through each chunk, row of the text by row.
+
+    Of the fields of ``found`` it fills those that :func:`measure` leaves. Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    keys = tl.arange(0, BK)
+    own = batch * HEADS + head
+    first = chunk * (L // 2) if PAIRS else chunk * L
+    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + first * a_t + head * a_h
+    log_decay += batch * g_b + first * g_t + head * g_h
+    gained += (own * PADDED + chunk * L) * KEY
+    field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
+    found += (batch * ROWS + chunk * L) * HEADS + head
+    energy += (own * CHUNKS + chunk) * (BLOCKS * KEY)
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (BLOCKS * KEY)
+    squares = tl.zeros((BK,), tl.float32)
+    entries = tl.zeros((BK,), tl.float32)
+    for block in range(BLOCKS):
+        squares += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
+        entries += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
+    for row in range(tl.minimum(ROWS - chunk * L, L).to(tl.int32)):
+        token = row // 2 if PAIRS else row
+        decays = row % 2 == 0 if PAIRS else row >= 0
+        inside = (keys < KEY) & decays
+        at = found + row * HEADS
+        g = tl.load(log_decay + token * g_t + keys * g_k, mask=inside, other=0.0).to(tl.float32)
+        tl.store(at + 4 * field, tl.sum(g) / KEY)
+        fall = tl.exp2(_bounded(g))
+        squares *= fall * fall
+        tl.store(at, tl.sum(squares))
+        squares += tl.load(gained + row * KEY + keys, mask=keys < KEY, other=0.0)
+        if PAIRS:
+            kt = tl.load(k + token * k_t + keys, mask=(keys < KEY) & (row % 2 == 1), other=0.0).to(tl.float32)
+            kt += tl.load(a + token * a_t + keys, mask=inside, other=0.0).to(tl.float32)
+        else:
+            kt = tl.load(k + token * k_t + keys, mask=keys < KEY, other=0.0).to(tl.float32)
+        entries = entries * fall + kt * tl.load(at + 3 * field)
+        tl.store(at + 3 * field, tl.sum(entries))

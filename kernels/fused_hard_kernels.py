@@ -215,21 +215,16 @@ def solve(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def measure(
+def measure_parts(
     k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
     log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PIECES: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, 
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`read` finds of chunks that are not ``hard``, of those that are, of all columns at once.
-
-    The first piece of ``found`` is given all but what :func:`tally` follows row by row, of which it is given
-    the sum of the value that is written; ``gained`` (batch, head, row, key) is what the write adds to the
-    energy of each row of the state. Grid: (chunks * parts, heads, batch).
-    """
+    """What ``measure`` finds of other chunks. Grid: (chunks * parts, heads, batch)."""
     chunk = (tl.program_id(0) // (L // PART)).to(tl.int64)
     begin = tl.program_id(0) % (L // PART) * PART
     head = tl.program_id(1)
@@ -246,7 +241,7 @@ def measure(
     log_decay += batch * g_b + first * g_t + head * g_h
     u += batch * u_b + chunk * L * u_t + head * u_h
     states += (own_head * CHUNKS + chunk) * (KEY * VALUE)
-    field = (tl.zeros((), tl.int64) + BATCH) * PIECES * ROWS * HEADS
+    field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
     if HAS_SCALE:
         scale += batch * w_b + first * w_t + head * w_h
     own = begin + tl.arange(0, PART)
@@ -351,60 +346,3 @@ def measure(
         rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
         tl.store(found + 5 * field + at, key_squares * removed, mask=here)
         tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def tally(
-    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h,
-    energy, gained, hard, found,
-    ROWS, PADDED, CHUNKS, BATCH,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, FIELDS: tl.constexpr,
-    L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Follow energy and sum of every row of the state through chunks that are ``hard``, row by row.
-
-    Of the fields of ``found`` it fills what :func:`measure` leaves, and clears all pieces but the first,
-    which has the sums of all. Grid: (chunks, heads, batch).
-    """
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    keys = tl.arange(0, BK)
-    own = batch * HEADS + head
-    if tl.load(hard + own * CHUNKS + chunk) == 0:
-        return
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    a += batch * a_b + first * a_t + head * a_h
-    log_decay += batch * g_b + first * g_t + head * g_h
-    gained += (own * PADDED + chunk * L) * KEY
-    piece = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
-    found += (batch * ROWS + chunk * L) * HEADS + head
-    energy += (own * CHUNKS + chunk) * (PIECES * BLOCKS * KEY)
-    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (PIECES * BLOCKS * KEY)
-    squares = tl.zeros((BK,), tl.float32)
-    entries = tl.zeros((BK,), tl.float32)
-    for block in range(PIECES * BLOCKS):
-        squares += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
-        entries += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
-    for row in range(tl.minimum(ROWS - chunk * L, L).to(tl.int32)):
-        token = row // 2 if PAIRS else row
-        decays = row % 2 == 0 if PAIRS else row >= 0
-        inside = (keys < KEY) & decays
-        at = found + row * HEADS
-        g = tl.load(log_decay + token * g_t + keys * g_k, mask=inside, other=0.0).to(tl.float32)
-        tl.store(at + 4 * PIECES * piece, tl.sum(g) / KEY)
-        fall = tl.exp2(_bounded(g))
-        squares *= fall * fall
-        tl.store(at, tl.sum(squares))
-        squares += tl.load(gained + row * KEY + keys, mask=keys < KEY, other=0.0)
-        if PAIRS:
-            kt = tl.load(k + token * k_t + keys, mask=(keys < KEY) & (row % 2 == 1), other=0.0).to(tl.float32)
-            kt += tl.load(a + token * a_t + keys, mask=inside, other=0.0).to(tl.float32)
-        else:
-            kt = tl.load(k + token * k_t + keys, mask=keys < KEY, other=0.0).to(tl.float32)
-        entries = entries * fall + kt * tl.load(at + 3 * PIECES * piece)
-        tl.store(at + 3 * PIECES * piece, tl.sum(entries))
-        for field in range(FIELDS):
-            for other in range(1, PIECES):
-                tl.store(at + (field * PIECES + other) * piece, 0.0)
