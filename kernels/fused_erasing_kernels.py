@@ -86,6 +86,15 @@ def _take(at, plane, mask, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _unknown(rows, SIZE):
+    """Rows, but not as constants: ptxas errs in products whose first operand is known in part to be 0.
+
+    So of every mask of such an operand one side is of a value that only a program's arguments decide.
+    """
+    return rows + tl.minimum(SIZE, 0)
+
+
+@triton.jit
 def _since_bad(bad):
     """NaN from the first row on that is bad, 0 before."""
     return tl.cumsum(tl.where(bad, float("nan"), 0.0), 0)
@@ -139,13 +148,12 @@ def _too_far(halfway, total):
 
 
 @triton.jit
-def _inverse(system, L: tl.constexpr, BASE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    r"""Invert :math:`I - M` for a strictly lower :math:`M`.
+def _inverse(system, rows, L: tl.constexpr, BASE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    r"""Invert :math:`I - M` for a strictly lower :math:`M`; ``rows`` as :func:`_unknown`.
 
     Diagonal blocks of BASE row by row, all at once; then blocks two by two, :math:`D + D M_{10} D`.
     """
-    rows = tl.arange(0, L)
-    down, across = rows[:, None], rows[None, :]
+    down, across = rows[:, None], tl.arange(0, L)[None, :]
     if BASE == 2:
         found = tl.where(down // 2 == across // 2, system, 0.0) + tl.where(down == across, 1.0, 0.0)
     else:
@@ -162,22 +170,24 @@ def _inverse(system, L: tl.constexpr, BASE: tl.constexpr, SPLIT: tl.constexpr, P
         same = (tl.arange(0, blocks)[:, None] == tl.arange(0, blocks)[None, :])[:, None, :, None]
         found = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (L, L))
     if BASE == 2:
-        found = _joined(found, system, 2, L, SPLIT, PRECISION)
+        found = _joined(found, system, rows, 2, L, SPLIT, PRECISION)
     if BASE <= 4:
-        found = _joined(found, system, 4, L, SPLIT, PRECISION)
+        found = _joined(found, system, rows, 4, L, SPLIT, PRECISION)
     if BASE <= 8:
-        found = _joined(found, system, 8, L, SPLIT, PRECISION)
+        found = _joined(found, system, rows, 8, L, SPLIT, PRECISION)
     if L > 16:
-        found = _joined(found, system, 16, L, SPLIT, PRECISION)
+        found = _joined(found, system, rows, 16, L, SPLIT, PRECISION)
     if L > 32:
-        found = _joined(found, system, 32, L, SPLIT, PRECISION)
+        found = _joined(found, system, rows, 32, L, SPLIT, PRECISION)
     return found
 
 
 @triton.jit
-def _joined(found, system, SIZE: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def _joined(
+    found, system, rows, SIZE: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):
     """Join inverses of diagonal blocks of a size two by two."""
-    down, across = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    down, across = rows[:, None], tl.arange(0, L)[None, :]
     pairs = (down // (2 * SIZE) == across // (2 * SIZE)) & (down // SIZE > across // SIZE)
     below = tl.where(pairs, system, 0.0)
     below = _exact(below, found, tl.zeros((L, L), tl.float32), SPLIT, PRECISION)
@@ -281,8 +291,8 @@ def _inverted(
     found *= rate[:, None]
     fine = tl.where(tl.abs(rate) < float("inf"), fine, 0)
     mark = _since_bad(fine == 0)[:, None]
-    found = tl.where((rows[:, None] > rows[None, :]) & (mark == mark), found, 0.0)
-    return _inverse(found, L, BASE, SPLIT, PRECISION) + mark
+    found = tl.where((rows[:, None] > tl.arange(0, L)[None, :]) & (mark == mark), found, 0.0)
+    return _inverse(found, rows, L, BASE, SPLIT, PRECISION) + mark
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -327,7 +337,8 @@ def prepare(
     b += batch * b_b + first * b_t + head * b_h
     log_decay += batch * g_b + first * g_t + head * g_h
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
-    past = rows[:, None] >= rows[None, :]
+    later = _unknown(rows, ROWS)
+    past = later[:, None] >= rows[None, :]
     weight = tl.full((L,), 1.0, tl.float32)
     if HAS_SCALE:
         scale += batch * w_b + first * w_t + head * w_h
@@ -387,7 +398,8 @@ def prepare(
     if ERASES:
         if KEYED:
             inverse = _inverse(
-                tl.where(rows[:, None] > rows[None, :], erased * rate[:, None], 0.0),
+                tl.where(later[:, None] > rows[None, :], erased * rate[:, None], 0.0),
+                later,
                 L,
                 BASE,
                 SPLIT,
@@ -399,7 +411,7 @@ def prepare(
                 kt = _keys(k, k_t, tokens, ends, start + tl.arange(0, BS), KEY)
                 erased = _of_inputs(kt, tl.trans(kt), erased, SPLIT, PRECISION)
             erased = tl.where(past, erased * _between(run, rows), 0.0)
-            inverse = _inverted(erased, rate, rows, L, BASE, SPLIT, PRECISION)
+            inverse = _inverted(erased, rate, later, L, BASE, SPLIT, PRECISION)
             rate *= tl.exp2(run)
             rate = tl.where(tl.abs(rate) < float("inf"), rate, 0.0)
             usable = tl.abs(weight) < float("inf")
@@ -652,7 +664,7 @@ def read(
         if RELATED:
             read_of = tl.load(seen + (own * PADDED + chunk * L + rows)[:, None] * L + rows[None, :])
         else:
-            read_of = tl.where(rows[:, None] >= rows[None, :], read_of, 0.0)
+            read_of = tl.where(_unknown(rows, ROWS)[:, None] >= rows[None, :], read_of, 0.0)
         good, marks = _marked(ut)
         out = _dot(read_of, good, out, SPLIT, PRECISION) + marks
         if HAS_SKIP:
@@ -794,7 +806,7 @@ def measure(
                 multiplied = high.to(tl.float32) + low.to(tl.float32)
             vt = vt.to(tl.float32) * multiplied[:, None]
             removed += _along((ut - vt) * (ut - vt))
-    apart = rows[:, None] > rows[None, :]
+    apart = _unknown(rows, ROWS)[:, None] > rows[None, :]
     if PAIRS:
         apart = apart & ~(ends[:, None] & (rows[:, None] == rows[None, :] + 1))
     gram = tl.where(apart, gram, 0.0)

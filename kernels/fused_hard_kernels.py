@@ -25,6 +25,7 @@ from .fused_erasing_kernels import (
     _split,
     _tokens,
     _too_far,
+    _unknown,
     _written_keys,
 )
 from .fused_kernels import _bounded
@@ -172,7 +173,7 @@ def solve(
         if not PAIRS:
             rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
         system = tl.load(system + (row + rows)[:, None] * L + rows[None, :])
-        inverse = _inverted(system, rate, rows, L, BASE, SPLIT, PRECISION)
+        inverse = _inverted(system, rate, _unknown(rows, ROWS), L, BASE, SPLIT, PRECISION)
         inverse, inverse_low = _split(inverse, SPLIT)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
@@ -282,7 +283,7 @@ def measure_parts(
                 multiplied = high.to(tl.float32) + low.to(tl.float32)
             vt = vt.to(tl.float32) * multiplied[:, None]
             removed += _along((ut - vt) * (ut - vt))
-    apart = own[:, None] > rows[None, :]
+    apart = _unknown(own, ROWS)[:, None] > rows[None, :]
     if PAIRS:
         apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
     gram = tl.where(apart, gram, 0.0)

@@ -123,19 +123,21 @@ def erasing(
     reads = {"BS": cut.read_slice, "BV": cut.columns, "BLOCKS": blocks}
     parts = {"BS": cut.part_slice, "BV": cut.part_columns}
     walked = {"BK": cut.walked_keys, "BV": cut.walked, "BLOCKS": pieces * blocks, "STAGES": cut.walk_stages}
+    keyed = constants["KEYED"]
     launches = [
         ("prepare", cut.prepare_warps, {"BS": cut.slice, "BV": cut.prepared}),
         ("walk", cut.walk_warps, walked),
-        ("read", cut.read_warps, reads | {"RELATED": False}),
-        ("read y", cut.read_warps, reads | {"RELATED": False, "MEASURE": False}),
+        ("read", cut.read_warps, reads | {"RELATED": False, "MEASURE": not keyed}),
     ]
-    if constants["KEYED"]:
+    if keyed:
+        measured = {"BS": cut.measured_slice, "BV": cut.measured}
         launches += [
+            ("measure", cut.measure_warps, measured),
+            ("tally", cut.tally_warps, {"BK": cut.keys, "BLOCKS": pieces * blocks}),
             ("relate", cut.part_warps, parts),
             ("solve", cut.part_warps, parts),
-            ("measure", cut.part_warps, parts),
+            ("measure_parts", cut.part_warps, parts),
             ("read again", cut.read_warps, reads | {"RELATED": True, "MEASURE": False}),
-            ("tally", cut.tally_warps, {"BK": cut.keys, "BLOCKS": blocks}),
         ]
     found = {}
     for label, warps, more in launches:
@@ -143,7 +145,9 @@ def erasing(
         kernel = getattr(fused_erasing_kernels, name, None) or getattr(fused_hard_kernels, name)
         tiling = fused.Tiling(cut.chunk, cut.keys, cut.columns)
         described = source(kernel, tiling, "bf16", False, MADE, **asked | more)
-        compiled = triton.compile(described, target=where, options={"num_warps": warps})
+        compiled = triton.compile(
+            described, target=where, options={"num_warps": warps, "num_stages": cut.stages}
+        )
         found[f"{label} {structure} {target}"] = usage(compiled, backend)
     return found
 
