@@ -37,6 +37,9 @@ from .keyed import Measured
 ROWS = 2**21
 """Writes times heads times sequences worked on at once: bounds the memory whatever the length."""
 
+PROGRAMS = 1024
+"""Of the launches for hard chunks, among which they look for these."""
+
 PART = 16
 """Rows that are related to earlier ones at once where keys forget much."""
 
@@ -224,7 +227,7 @@ def _run(
     exact = {"PRECISION": "tf32x3" if torch.version.cuda else "ieee", "SPLIT": split}
     wide = shape | exact | {"VALUE": r.value, "ERASES": r.erases}
     kinds = {"PAIRS": writes == 2, "HAS_SCALE": r.write_scale is not None}
-    grid = (chunks, r.heads, r.batch)
+    grid, few = (chunks, r.heads, r.batch), (PROGRAMS if r.v.is_cuda else 1,)
     system = empty(*heads, padded, length) if keyed and r.erases else kept
     seen = empty(*heads, padded, length, dtype=rounded) if keyed and outputs else kept
 
@@ -234,12 +237,12 @@ def _run(
         num_warps=cut.prepare_warps, num_stages=cut.stages,
     )  # fmt: skip
     if keyed:
-        careful.relate[(chunks * length // PART, r.heads, r.batch)](
-            *q, *k, *decay, *along, *erase, system, seen, hard, *sizes[:3], **shape, **exact,
+        careful.relate[few](
+            *q, *k, *decay, *along, *erase, system, seen, hard, *sizes, **shape, **exact,
             PART=PART, BS=cut.part_slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs,
             num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
-        careful.solve[grid](
+        careful.solve[few](
             *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values, hard, *sizes,
             **wide, **kinds, BS=cut.part_slice, BV=cut.part_columns, BASE=cut.base, num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
@@ -283,7 +286,7 @@ def _run(
             *written, kept, states, gained, hard, found, *sizes, **wide, **kinds, **delta,
             BS=cut.measured_slice, BV=cut.measured, num_warps=cut.measure_warps, num_stages=cut.stages,
         )  # fmt: skip
-        careful.measure_parts[(chunks * length // PART, r.heads, r.batch)](
+        careful.measure_parts[few](
             *written, states, gained, hard, found, *sizes, **wide, **kinds, **delta,
             PART=PART, BS=cut.part_slice, BV=cut.part_columns, num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip

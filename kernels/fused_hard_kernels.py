@@ -62,28 +62,23 @@ def _one_by_one(x, at, k, local, begin, rows, PART: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=SIZES)
-def relate(
+@triton.jit
+def _place(item, CHUNKS, HEADS: tl.constexpr):
+    """Chunk, head and sequence of an entry of (batch, head, chunk)."""
+    own = item // CHUNKS
+    return (item % CHUNKS).to(tl.int64), own % HEADS, (own // HEADS).to(tl.int64)
+
+
+@triton.jit
+def _relate(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
     b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, hard,
-    ROWS, PADDED, CHUNKS,
+    ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
+    chunk, begin, head, batch,
 ):  # fmt: skip
-    r"""Relate the rows of hard chunks: what they erase, and what queries read, of earlier writes.
-
-    ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
-    :math:`j \le t`, where x is what erases (:func:`prepare`), or the query. The decay between two rows is
-    split where the later one's part begins, and what a key forgets too much for within a part is found pair
-    by pair. Grid: (chunks * parts, heads, batch).
-    """
-    chunk = (tl.program_id(0) // (L // PART)).to(tl.int64)
-    begin = tl.program_id(0) % (L // PART) * PART
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    if tl.load(hard + (batch * HEADS + head) * CHUNKS + chunk) == 0:
-        return
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
     first = chunk * (L // 2) if PAIRS else chunk * L
@@ -136,7 +131,35 @@ def relate(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def solve(
+def relate(
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
+    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, hard,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    r"""Relate the rows of hard chunks: what they erase, and what queries read, of earlier writes.
+
+    ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
+    :math:`j \le t`, where x is what erases (:func:`prepare`), or the query. The decay between two rows is
+    split where the later one's part begins, and what a key forgets too much for within a part is found pair
+    by pair. Grid: as many programs as there are.
+    """
+    parts: tl.constexpr = L // PART
+    for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS * parts, tl.num_programs(0)):
+        if tl.load(hard + item // parts) != 0:
+            chunk, head, batch = _place(item // parts, CHUNKS, HEADS)
+            begin = item % parts * PART
+            _relate(
+                q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, b, b_b, b_t, b_h, a, a_b,
+                a_t, a_h, system, seen, hard, ROWS, PADDED, CHUNKS, BATCH, HEADS, GROUPS, KEY, L, PART, BS,
+                PRECISION, SPLIT, PAIRS, ERASES, OUTPUTS, chunk, begin, head, batch,
+            )  # fmt: skip
+
+
+@triton.jit
+def _solve(
     k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
     b, b_b, b_t, b_h, a, a_b, a_t, a_h,
     system, remaining, kept, through, values, hard,
@@ -144,14 +167,9 @@ def solve(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, BASE: tl.constexpr,
+    chunk, head, batch,
 ):  # fmt: skip
-    """Find what ``prepare`` does of others, from ``system`` (:func:`relate`). Grid: (chunks, heads, batch)."""
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
     of_chunk = (batch * HEADS + head) * CHUNKS + chunk
-    if tl.load(hard + of_chunk) == 0:
-        return
     chunks = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS
     rows = tl.arange(0, L)
     tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
@@ -216,7 +234,29 @@ def solve(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def measure_parts(
+def solve(
+    k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
+    b, b_b, b_t, b_h, a, a_b, a_t, a_h,
+    system, remaining, kept, through, values, hard,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """Find what ``prepare`` does of others, from ``system`` (:func:`relate`). Grid: as many programs as there are."""
+    for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS, tl.num_programs(0)):
+        if tl.load(hard + item) != 0:
+            chunk, head, batch = _place(item, CHUNKS, HEADS)
+            _solve(
+                k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k, b,
+                b_b, b_t, b_h, a, a_b, a_t, a_h, system, remaining, kept, through, values, hard, ROWS,
+                PADDED, CHUNKS, BATCH, HEADS, GROUPS, KEY, VALUE, L, BS, BV, PRECISION, SPLIT, PAIRS, ERASES,
+                HAS_SCALE, BASE, chunk, head, batch,
+            )  # fmt: skip
+
+
+@triton.jit
+def _measure_parts(
     k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
     log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found,
     ROWS, PADDED, CHUNKS, BATCH,
@@ -224,15 +264,9 @@ def measure_parts(
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, 
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+    chunk, begin, head, batch,
 ):  # fmt: skip
-    """What ``measure`` finds of other chunks. Grid: (chunks * parts, heads, batch)."""
-    chunk = (tl.program_id(0) // (L // PART)).to(tl.int64)
-    begin = tl.program_id(0) % (L // PART) * PART
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
     own_head = batch * HEADS + head
-    if tl.load(hard + own_head * CHUNKS + chunk) == 0:
-        return
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
     first = chunk * (L // 2) if PAIRS else chunk * L
@@ -347,3 +381,27 @@ def measure_parts(
         rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
         tl.store(found + 5 * field + at, key_squares * removed, mask=here)
         tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def measure_parts(
+    k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
+    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, 
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """What ``measure`` finds of other chunks. Grid: as many programs as there are."""
+    parts: tl.constexpr = L // PART
+    for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS * parts, tl.num_programs(0)):
+        if tl.load(hard + item // parts) != 0:
+            chunk, head, batch = _place(item // parts, CHUNKS, HEADS)
+            begin = item % parts * PART
+            _measure_parts(
+                k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b,
+                g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found, ROWS, PADDED, CHUNKS, BATCH,
+                HEADS, GROUPS, KEY, VALUE, L, PART, BS, BV, SPLIT, PRECISION, PAIRS, DELTA, ERASES,
+                HAS_SCALE, chunk, begin, head, batch,
+            )  # fmt: skip
