@@ -75,7 +75,6 @@ class Tiling:
     measure_warps: int = 4
     part_warps: int = 4
     tally_warps: int = 1
-    base: int = 16
     stages: int = 1
 
 
@@ -233,7 +232,7 @@ def _run(
 
     kernels.prepare[grid](
         *k, *v, *weight, *decay, *along, *erase, remaining, kept, through, values, hard, *sizes,
-        **wide, **kinds, BS=cut.slice, BV=cut.prepared, KEYED=keyed, BASE=cut.base,
+        **wide, **kinds, BS=cut.slice, BV=cut.prepared, KEYED=keyed,
         num_warps=cut.prepare_warps, num_stages=cut.stages,
     )  # fmt: skip
     if keyed:
@@ -244,7 +243,7 @@ def _run(
         )  # fmt: skip
         careful.solve[few](
             *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values, hard, *sizes,
-            **wide, **kinds, BS=cut.part_slice, BV=cut.part_columns, BASE=cut.base, num_warps=cut.part_warps, num_stages=cut.stages,
+            **wide, **kinds, BS=cut.part_slice, BV=cut.part_columns, num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
     held = sorted({(writes * p + writes - 1) // length for p in positions})
     entered, slots = final, kept

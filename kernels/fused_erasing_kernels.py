@@ -86,12 +86,14 @@ def _take(at, plane, mask, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _unknown(rows, SIZE):
-    """Rows, but not as constants: ptxas errs in products whose first operand is known in part to be 0.
+def _unknown(L: tl.constexpr, SIZE, OTHER):
+    """Rows of a chunk, down and across, neither of them known to the compiler.
 
-    So of every mask of such an operand one side is of a value that only a program's arguments decide.
+    ptxas errs in products whose first operand it knows in part to be 0. So what is 0 of such an operand is
+    decided by these, to which a program's arguments add the 0 that is the least of any size and 0.
     """
-    return rows + tl.minimum(SIZE, 0)
+    rows = tl.arange(0, L)
+    return (rows + tl.minimum(SIZE, 0))[:, None], (rows + tl.minimum(OTHER, 0))[None, :]
 
 
 @triton.jit
@@ -148,49 +150,29 @@ def _too_far(halfway, total):
 
 
 @triton.jit
-def _inverse(system, rows, L: tl.constexpr, BASE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    r"""Invert :math:`I - M` for a strictly lower :math:`M`; ``rows`` as :func:`_unknown`.
+def _inverse(system, down, across, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    r"""Invert :math:`I - M` for a strictly lower :math:`M`, rows ``down`` and ``across`` (:func:`_unknown`).
 
-    Diagonal blocks of BASE row by row, all at once; then blocks two by two, :math:`D + D M_{10} D`.
+    Diagonal blocks of two are their own inverses but for a sign; then blocks two by two, :math:`D + D M_{10}
+    D`.
     """
-    down, across = rows[:, None], tl.arange(0, L)[None, :]
-    if BASE == 2:
-        found = tl.where(down // 2 == across // 2, system, 0.0) + tl.where(down == across, 1.0, 0.0)
-    else:
-        blocks: tl.constexpr = L // BASE
-        own = tl.where(down // BASE == across // BASE, system, 0.0)
-        own = tl.sum(tl.reshape(own, (blocks, BASE, blocks, BASE)), 2)
-        place = tl.arange(0, BASE)
-        solved = tl.where(place[:, None] == place[None, :], 1.0, 0.0)[None]
-        solved += tl.zeros((blocks, BASE, BASE), tl.float32)
-        for row in range(1, BASE):
-            chosen = (place == row)[None, :, None]
-            weights = tl.sum(tl.where(chosen, own, 0.0), 1)  # of the rows above, in every block
-            solved += tl.where(chosen, tl.sum(weights[:, :, None] * solved, 1)[:, None, :], 0.0)
-        same = (tl.arange(0, blocks)[:, None] == tl.arange(0, blocks)[None, :])[:, None, :, None]
-        found = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (L, L))
-    if BASE == 2:
-        found = _joined(found, system, rows, 2, L, SPLIT, PRECISION)
-    if BASE <= 4:
-        found = _joined(found, system, rows, 4, L, SPLIT, PRECISION)
-    if BASE <= 8:
-        found = _joined(found, system, rows, 8, L, SPLIT, PRECISION)
+    found = tl.where(down // 2 == across // 2, system, 0.0) + tl.where(down == across, 1.0, 0.0)
+    found = _joined(found, system, down, across, 2, SPLIT, PRECISION)
+    found = _joined(found, system, down, across, 4, SPLIT, PRECISION)
+    found = _joined(found, system, down, across, 8, SPLIT, PRECISION)
     if L > 16:
-        found = _joined(found, system, rows, 16, L, SPLIT, PRECISION)
+        found = _joined(found, system, down, across, 16, SPLIT, PRECISION)
     if L > 32:
-        found = _joined(found, system, rows, 32, L, SPLIT, PRECISION)
+        found = _joined(found, system, down, across, 32, SPLIT, PRECISION)
     return found
 
 
 @triton.jit
-def _joined(
-    found, system, rows, SIZE: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):
+def _joined(found, system, down, across, SIZE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Join inverses of diagonal blocks of a size two by two."""
-    down, across = rows[:, None], tl.arange(0, L)[None, :]
     pairs = (down // (2 * SIZE) == across // (2 * SIZE)) & (down // SIZE > across // SIZE)
     below = tl.where(pairs, system, 0.0)
-    below = _exact(below, found, tl.zeros((L, L), tl.float32), SPLIT, PRECISION)
+    below = _exact(below, found, tl.zeros_like(found), SPLIT, PRECISION)
     return _exact(found, below, found, SPLIT, PRECISION)
 
 
@@ -283,16 +265,14 @@ def _between(local, rows):
 
 
 @triton.jit
-def _inverted(
-    system, rate, rows, L: tl.constexpr, BASE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):
+def _inverted(system, rate, down, across, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Invert I - M, M being ``system`` times ``rate``: NaN from the first row on that is not finite."""
     found, fine = _finite(system)
     found *= rate[:, None]
     fine = tl.where(tl.abs(rate) < float("inf"), fine, 0)
     mark = _since_bad(fine == 0)[:, None]
-    found = tl.where((rows[:, None] > tl.arange(0, L)[None, :]) & (mark == mark), found, 0.0)
-    return _inverse(found, rows, L, BASE, SPLIT, PRECISION) + mark
+    found = tl.where((down > across) & (mark == mark), found, 0.0)
+    return _inverse(found, down, across, L, SPLIT, PRECISION) + mark
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -304,7 +284,6 @@ def prepare(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     KEYED: tl.constexpr, PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
-    BASE: tl.constexpr,
 ):  # fmt: skip
     r"""Find what each chunk does to whatever state enters it, all chunks at once.
 
@@ -337,8 +316,8 @@ def prepare(
     b += batch * b_b + first * b_t + head * b_h
     log_decay += batch * g_b + first * g_t + head * g_h
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
-    later = _unknown(rows, ROWS)
-    past = later[:, None] >= rows[None, :]
+    down, across = _unknown(L, ROWS, PADDED)
+    past = down >= across
     weight = tl.full((L,), 1.0, tl.float32)
     if HAS_SCALE:
         scale += batch * w_b + first * w_t + head * w_h
@@ -397,21 +376,15 @@ def prepare(
         tl.store(kept + of_chunk, tl.sum(pace, 0))
     if ERASES:
         if KEYED:
-            inverse = _inverse(
-                tl.where(later[:, None] > rows[None, :], erased * rate[:, None], 0.0),
-                later,
-                L,
-                BASE,
-                SPLIT,
-                PRECISION,
-            )
+            system = tl.where(down > across, erased * rate[:, None], 0.0)
+            inverse = _inverse(system, down, across, L, SPLIT, PRECISION)
             mark = tl.zeros((L, 1), tl.float32)
         else:
             for start in range(0, KEY, BS):
                 kt = _keys(k, k_t, tokens, ends, start + tl.arange(0, BS), KEY)
                 erased = _of_inputs(kt, tl.trans(kt), erased, SPLIT, PRECISION)
             erased = tl.where(past, erased * _between(run, rows), 0.0)
-            inverse = _inverted(erased, rate, later, L, BASE, SPLIT, PRECISION)
+            inverse = _inverted(erased, rate, down, across, L, SPLIT, PRECISION)
             rate *= tl.exp2(run)
             rate = tl.where(tl.abs(rate) < float("inf"), rate, 0.0)
             usable = tl.abs(weight) < float("inf")
@@ -664,7 +637,8 @@ def read(
         if RELATED:
             read_of = tl.load(seen + (own * PADDED + chunk * L + rows)[:, None] * L + rows[None, :])
         else:
-            read_of = tl.where(_unknown(rows, ROWS)[:, None] >= rows[None, :], read_of, 0.0)
+            down, across = _unknown(L, ROWS, PADDED)
+            read_of = tl.where(down >= across, read_of, 0.0)
         good, marks = _marked(ut)
         out = _dot(read_of, good, out, SPLIT, PRECISION) + marks
         if HAS_SKIP:
@@ -806,9 +780,10 @@ def measure(
                 multiplied = high.to(tl.float32) + low.to(tl.float32)
             vt = vt.to(tl.float32) * multiplied[:, None]
             removed += _along((ut - vt) * (ut - vt))
-    apart = _unknown(rows, ROWS)[:, None] > rows[None, :]
+    down, across = _unknown(L, ROWS, PADDED)
+    apart = down > across
     if PAIRS:
-        apart = apart & ~(ends[:, None] & (rows[:, None] == rows[None, :] + 1))
+        apart = apart & ~(ends[:, None] & (down == across + 1))
     gram = tl.where(apart, gram, 0.0)
     key_squares = tl.zeros((L, 1), tl.float32)
     pair_products = tl.zeros((L, 1), tl.float32)

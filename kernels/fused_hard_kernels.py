@@ -166,7 +166,7 @@ def _solve(
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, BASE: tl.constexpr,
+    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
     chunk, head, batch,
 ):  # fmt: skip
     of_chunk = (batch * HEADS + head) * CHUNKS + chunk
@@ -191,7 +191,8 @@ def _solve(
         if not PAIRS:
             rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
         system = tl.load(system + (row + rows)[:, None] * L + rows[None, :])
-        inverse = _inverted(system, rate, _unknown(rows, ROWS), L, BASE, SPLIT, PRECISION)
+        down, across = _unknown(L, ROWS, PADDED)
+        inverse = _inverted(system, rate, down, across, L, SPLIT, PRECISION)
         inverse, inverse_low = _split(inverse, SPLIT)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
@@ -241,7 +242,7 @@ def solve(
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, BASE: tl.constexpr,
+    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr
 ):  # fmt: skip
     """Find what ``prepare`` does of others, from ``system`` (:func:`relate`). Grid: as many programs as there are."""
     for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS, tl.num_programs(0)):
@@ -251,7 +252,7 @@ def solve(
                 k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k, b,
                 b_b, b_t, b_h, a, a_b, a_t, a_h, system, remaining, kept, through, values, hard, ROWS,
                 PADDED, CHUNKS, BATCH, HEADS, GROUPS, KEY, VALUE, L, BS, BV, PRECISION, SPLIT, PAIRS, ERASES,
-                HAS_SCALE, BASE, chunk, head, batch,
+                HAS_SCALE, chunk, head, batch,
             )  # fmt: skip
 
 
@@ -317,7 +318,7 @@ def _measure_parts(
                 multiplied = high.to(tl.float32) + low.to(tl.float32)
             vt = vt.to(tl.float32) * multiplied[:, None]
             removed += _along((ut - vt) * (ut - vt))
-    apart = _unknown(own, ROWS)[:, None] > rows[None, :]
+    apart = (own + tl.minimum(ROWS, 0))[:, None] > (rows + tl.minimum(PADDED, 0))[None, :]
     if PAIRS:
         apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
     gram = tl.where(apart, gram, 0.0)

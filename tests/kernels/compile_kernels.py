@@ -115,7 +115,7 @@ def erasing(
     shape = SHAPE.replace(log_decay=decay) if constants["KEYED"] else SHAPE
     cut = fused_erasing.tiling(shape, True, target == "sm_90")
     asked = {name: True for name in ("OUTPUTS", "HAS_SKIP", "HAS_INITIAL", "STORE", "MEASURE", "SPLIT")}
-    asked |= {"BASE": cut.base, "KEEP": False, "HAS_SCALE": not constants["PAIRS"], "PRECISION": "ieee"}
+    asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "PRECISION": "ieee"}
     asked |= constants | {"DELTA": constants["ERASES"] and not constants["PAIRS"]}
     blocks = cut.columns // cut.walked
     pieces = -(-HEADS["VALUE"] // cut.columns)
