@@ -7,11 +7,13 @@ but ``walk`` do all chunks at once:
    included.
 2. ``walk``: over all chunks for each head and block of the state, which stays in registers; all it computes
    for a chunk are two products, or one where nothing is erased.
-3. ``read``: ``y``, and what is written beside what is stored.
+3. ``read``: ``y``; where all keys decay alike also what is written beside what is stored.
+4. ``measure`` and ``tally``, where each key decays at its own rate: the same, and energy and sum of each row
+   of the state, token by token inside the chunks.
 
-Where the decay is per key, a factor for every row stands for what is forgotten between two. Chunks of which
-a key forgets more than float32 holds are left to launches of their own: ``relate`` by parts of 16 rows before
-``prepare`` and ``read`` again, and, for what is measured, ``measure`` and ``tally``, row by row.
+Where the decay is per key, two factors for each row stand for what is forgotten between any two. Chunks of
+which a key forgets more than float32 holds that way are *hard*, and left to launches of their own
+(:mod:`statescope.kernels.fused_hard_kernels`).
 
 A chunk is so many *writes* of rank one. A token of the delta rule makes one, :math:`k_t u_t^\top`; with any
 other erase term it makes two, of which the second decays nothing: :math:`a_t z_t^\top` and :math:`k_t
@@ -43,39 +45,31 @@ PROGRAMS = 1024
 PART = 16
 """Rows that are related to earlier ones at once where keys forget much."""
 
-
 FIELDS = 7
-"""Of what ``read`` finds."""
+"""Of what is measured."""
 
 
 @dataclass(frozen=True)
 class Tiling:
     """How a shape is cut up: rows of a chunk, keys and columns at once, and the warps of every launch.
 
-    ``walk`` has ``walked_keys`` of ``walked`` columns of the state, ``read`` all of ``columns``. ``slice``
-    and ``part_slice`` are the keys taken at once, of whole chunks and by parts.
+    ``walk`` has ``walked_keys`` of ``walked`` columns of the state, ``read`` ``read_slice`` keys of
+    ``columns``, ``tally`` all ``keys``, and the others ``slice`` keys of ``block`` columns.
     """
 
     chunk: int
     keys: int
     slice: int
-    columns: int
-    walked: int
+    block: int
     walked_keys: int
-    prepared: int
+    walked: int
     read_slice: int
-    measured_slice: int
-    measured: int
-    part_slice: int
-    part_columns: int
+    columns: int
     walk_stages: int = 1
-    walk_warps: int = 4
-    prepare_warps: int = 4
-    read_warps: int = 4
-    measure_warps: int = 4
-    part_warps: int = 4
-    tally_warps: int = 1
     stages: int = 1
+    warps: int = 4
+    part_warps: int = 2
+    tally_warps: int = 1
 
 
 def halves(recurrence: Recurrence) -> bool:
@@ -99,25 +93,11 @@ def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
     r = recurrence
     keys, values = (max(16, 1 << (n - 1).bit_length()) for n in (r.key, r.value))
     if half and modern:
-        parts = {"part_slice": 32, "part_columns": 64, "walk_stages": 3}
-        across = keys if r.erases else min(keys, 64)
-        return Tiling(
-            64,
-            keys,
-            min(keys, 64),
-            min(values, 128),
-            32,
-            across,
-            min(values, 64),
-            32,
-            32,
-            min(values, 128),
-            **parts,
-        )
+        across, columns = keys if r.erases else 64, min(values, 128)
+        return Tiling(64, keys, 64, 64, across, 32, 32, columns, walk_stages=3, stages=2)
     some, columns = min(keys, 32), min(values, 32)
     across = keys if r.erases else some
-    length = 32 if keys <= 128 else 16
-    return Tiling(length, keys, some, columns, 16, across, columns, some, some, columns, some, columns)
+    return Tiling(32 if keys <= 128 else 16, keys, some, columns, across, min(columns, 16), some, columns)
 
 
 def scan(
@@ -209,7 +189,7 @@ def _run(
 
     final, hard = empty(*heads, r.key, r.value), empty(*heads, chunks, dtype=torch.int32)
     remaining = of_keys() if keyed else empty(*heads, padded)
-    kept = empty(2, *heads, chunks, r.key if keyed else 1)
+    kept = empty(*heads, chunks, r.key if keyed else 1)
     through = of_keys() if r.erases else final
     values = empty(*heads, padded, r.value) if r.erases else r.v
     strides = (values.stride(0), values.stride(2), values.stride(1)) if r.erases else r.v.stride()[:3]
@@ -232,18 +212,18 @@ def _run(
 
     kernels.prepare[grid](
         *k, *v, *weight, *decay, *along, *erase, remaining, kept, through, values, hard, *sizes,
-        **wide, **kinds, BS=cut.slice, BV=cut.prepared, KEYED=keyed,
-        num_warps=cut.prepare_warps, num_stages=cut.stages,
+        **wide, **kinds, BS=cut.slice, BV=cut.block, KEYED=keyed,
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if keyed:
         careful.relate[few](
             *q, *k, *decay, *along, *erase, system, seen, hard, *sizes, **shape, **exact,
-            PART=PART, BS=cut.part_slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs,
+            PART=PART, BS=cut.slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs,
             num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
         careful.solve[few](
             *k, *v, *weight, *decay, *along, *erase, system, remaining, kept, through, values, hard, *sizes,
-            **wide, **kinds, BS=cut.part_slice, BV=cut.part_columns, num_warps=cut.part_warps, num_stages=cut.stages,
+            **wide, **kinds, BS=cut.slice, BV=cut.block, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
     held = sorted({(writes * p + writes - 1) // length for p in positions})
     entered, slots = final, kept
@@ -255,9 +235,9 @@ def _run(
     initial = final if r.initial_state is None else r.initial_state.contiguous()
     kernels.walk[(r.heads * pieces * blocks * across, r.batch)](
         *k, remaining, kept, through, *u, values, initial, final, states, energy, entered, slots, *sizes,
-        **wide, BK=cut.walked_keys, BV=cut.walked, BLOCKS=pieces * blocks, STAGES=cut.walk_stages, KEYED=keyed,
-        HAS_INITIAL=r.initial_state is not None, STORE=outputs or measure, MEASURE=measure, KEEP=bool(held),
-        num_warps=cut.walk_warps,
+        **wide, BK=cut.walked_keys, BV=cut.walked, BLOCKS=pieces * blocks, STAGES=cut.walk_stages,
+        KEYED=keyed, HAS_INITIAL=r.initial_state is not None, STORE=outputs or measure, MEASURE=measure,
+        KEEP=bool(held), num_warps=cut.warps,
     )  # fmt: skip
     y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
     pieces = 1 if keyed else pieces  # of what is measured
@@ -270,7 +250,7 @@ def _run(
             kept if r.skip is None else r.skip, kept if y is None else y, found, *sizes, **wide, **kinds,
             BS=cut.read_slice, BV=cut.columns, BLOCKS=energies, KEYED=keyed, DELTA=r.delta_rule,
             HAS_SKIP=r.skip is not None, OUTPUTS=outputs, MEASURE=both, RELATED=again,
-            num_warps=cut.read_warps, num_stages=cut.stages,
+            num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
 
     if outputs or (measure and not keyed):
@@ -283,11 +263,11 @@ def _run(
         delta = {"DELTA": r.delta_rule}
         kernels.measure[grid](
             *written, kept, states, gained, hard, found, *sizes, **wide, **kinds, **delta,
-            BS=cut.measured_slice, BV=cut.measured, num_warps=cut.measure_warps, num_stages=cut.stages,
+            BS=cut.slice, BV=cut.block, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
         careful.measure_parts[few](
             *written, states, gained, hard, found, *sizes, **wide, **kinds, **delta,
-            PART=PART, BS=cut.part_slice, BV=cut.part_columns, num_warps=cut.part_warps, num_stages=cut.stages,
+            PART=PART, BS=cut.slice, BV=cut.block, num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
         kernels.tally[grid](
             *k, *decay, *erase, energy, gained, found, *sizes, **shape, BK=cut.keys,

@@ -11,7 +11,7 @@ rows of the same column are marked instead.
 import triton
 import triton.language as tl
 
-from .fused_kernels import LOG2E, _bounded
+from .fused_kernels import _bounded
 
 SIZES = ["ROWS", "PADDED", "CHUNKS", "BATCH"]
 """Arguments for whose values nothing is compiled anew: texts differ in length."""
@@ -153,8 +153,7 @@ def _too_far(halfway, total):
 def _inverse(system, down, across, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     r"""Invert :math:`I - M` for a strictly lower :math:`M`, rows ``down`` and ``across`` (:func:`_unknown`).
 
-    Diagonal blocks of two are their own inverses but for a sign; then blocks two by two, :math:`D + D M_{10}
-    D`.
+    Of diagonal blocks of two the inverse is :math:`I + M`; then blocks two by two, :math:`D + D M_{10} D`.
     """
     found = tl.where(down // 2 == across // 2, system, 0.0) + tl.where(down == across, 1.0, 0.0)
     found = _joined(found, system, down, across, 2, SPLIT, PRECISION)
@@ -292,9 +291,8 @@ def prepare(
     .. math:: U = T W V + T X S_{in}, \qquad S_{out} = \operatorname{diag}(e^{G_L}) S_{in} + K_{rem}^\top U .
 
     ``values`` is :math:`T W V`, ``through`` :math:`T X`, ``remaining`` :math:`K_{rem}`, the keys decayed to
-    the chunk's end, and ``kept`` :math:`G_L`, base 2, and the same of the first half of the rows. Under the
-    delta rule :math:`X` is the key, decayed up to the row's own token, times ``a``; otherwise ``b``, decayed
-    up to the token before. Where nothing is erased, U is W V: W is taken into ``remaining``. Without KEYED
+    the chunk's end, and ``kept`` :math:`G_L`, base 2. Under the delta rule :math:`X` is the key, decayed up
+    to the row's own token, times ``a``; otherwise ``b``, decayed up to the token before. Where nothing is erased, U is W V: W is taken into ``remaining``. Without KEYED
     ``remaining`` is what survives of each row, one number (batch, head, row), and ``kept`` is of all keys.
 
     With KEYED, ``hard`` (batch, head, chunk) is 1 where a key forgets too much to relate all rows of a chunk
@@ -305,7 +303,6 @@ def prepare(
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     of_chunk = (batch * HEADS + head) * CHUNKS + chunk
-    chunks = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS
     rows = tl.arange(0, L)
     tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
     first = chunk * (L // 2) if PAIRS else chunk * L
@@ -337,9 +334,7 @@ def prepare(
             far = tl.maximum(far, _too_far(halfway, total).to(tl.int32))
             inside = (keys < KEY)[None, :] & (rows < L)[:, None]
             of_rows = (row + rows)[:, None] * KEY + keys[None, :]
-            of_keys = tl.sum(total, 0), tl.sum(halfway, 0)
-            tl.store(kept + of_chunk * KEY + keys, of_keys[0], mask=keys < KEY)
-            tl.store(kept + (chunks + of_chunk) * KEY + keys, of_keys[1], mask=keys < KEY)
+            tl.store(kept + of_chunk * KEY + keys, tl.sum(total, 0), mask=keys < KEY)
             if ERASES:
                 middle = 0.5 * total
                 early = kt * tl.exp2(middle - local)
@@ -553,16 +548,15 @@ def read(
     HAS_SCALE: tl.constexpr, HAS_SKIP: tl.constexpr,
     OUTPUTS: tl.constexpr, MEASURE: tl.constexpr, RELATED: tl.constexpr,
 ):  # fmt: skip
-    r"""Read each chunk with its queries, and bring what is written and what is stored together.
+    r"""Read each chunk with its queries; without KEYED also bring what is written and what is stored together.
 
     ``found`` is (field, piece, batch, row, head), all sums over the columns of a piece: the energy of the
     state once it has decayed, before the write; :math:`|U_t|^2`; :math:`\langle D_t, U_t \rangle`; the sum
-    of the state's entries after the write; the mean log decay (with KEYED); under the delta rule the energy
-    of what is erased, and the share of it along the key, with PAIRS the product of a token's two writes.
-    With PAIRS the second row of each token leaves the first out of its :math:`\langle D_t, U_t \rangle`.
+    of the state's entries after the write; nothing; under the delta rule the energy of what is erased, and
+    the share of it along the key (:class:`statescope.kernels.interface.ScanOutput`).
 
-    ``u`` is what is written, without ERASES before it is scaled. Chunks that are ``hard`` (:func:`prepare`) are
-    left to a second launch, with RELATED, which takes from ``seen`` what queries read of their chunk.
+    ``u`` is what is written, without ERASES before it is scaled. Chunks that are ``hard`` (:func:`prepare`)
+    are left to a second launch, with RELATED, which takes from ``seen`` what queries read of their chunk.
     Programs that read and such that measure are neighbours, as they load the same.
     Grid: (chunks * pieces * (OUTPUTS + MEASURE), heads, batch).
     """

@@ -28,7 +28,6 @@ from .fused_erasing_kernels import (
     _unknown,
     _written_keys,
 )
-from .fused_kernels import _bounded
 
 
 @triton.jit
@@ -170,7 +169,6 @@ def _solve(
     chunk, head, batch,
 ):  # fmt: skip
     of_chunk = (batch * HEADS + head) * CHUNKS + chunk
-    chunks = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS
     rows = tl.arange(0, L)
     tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
     first = chunk * (L // 2) if PAIRS else chunk * L
@@ -207,9 +205,8 @@ def _solve(
             left *= weight[:, None]
         left, left_low = _split(left, SPLIT)
         _put(left, left_low, remaining + of_rows, plane, inside, SPLIT)
-        halfway, total = _halfway(g, L)
-        tl.store(kept + of_chunk * KEY + keys, tl.sum(total + spoilt, 0), mask=keys < KEY)
-        tl.store(kept + (chunks + of_chunk) * KEY + keys, tl.sum(halfway, 0), mask=keys < KEY)
+        total = tl.sum(g, 0)[None, :] + spoilt
+        tl.store(kept + of_chunk * KEY + keys, tl.sum(total, 0), mask=keys < KEY)
         if ERASES:
             xt = kt * rate[:, None]
             before = tl.cumsum(g, 0)
@@ -262,7 +259,7 @@ def _measure_parts(
     log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, 
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
     chunk, begin, head, batch,
@@ -390,7 +387,7 @@ def measure_parts(
     log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, 
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip

@@ -70,6 +70,7 @@ CASES = (
     Case(33, heads=1, key=33, value=5, scale=False, skip=False, keyed=True, dtype=torch.float16),
     Case(17, batch=2, heads=1, initial=True, delta=True, keyed=True, dtype=torch.bfloat16),
     Case(5, heads=1, value=300, delta=True, keyed=True),
+    Case(70, heads=2, key=40, value=40, initial=True, delta=True, keyed=True, dtype=torch.bfloat16),
     Case(1, erase=True),
     Case(17, groups=2, key=24, value=33, initial=True, erase=True),
     Case(9, batch=2, heads=1, key=33, value=5, initial=True, keyed=True, erase=True),

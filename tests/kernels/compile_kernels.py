@@ -117,27 +117,24 @@ def erasing(
     asked = {name: True for name in ("OUTPUTS", "HAS_SKIP", "HAS_INITIAL", "STORE", "MEASURE", "SPLIT")}
     asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "PRECISION": "ieee"}
     asked |= constants | {"DELTA": constants["ERASES"] and not constants["PAIRS"]}
-    blocks = cut.columns // cut.walked
-    pieces = -(-HEADS["VALUE"] // cut.columns)
-    asked |= {"PIECES": pieces, "PART": fused_erasing.PART, "FIELDS": fused_erasing.FIELDS}
-    reads = {"BS": cut.read_slice, "BV": cut.columns, "BLOCKS": blocks}
-    parts = {"BS": cut.part_slice, "BV": cut.part_columns}
-    walked = {"BK": cut.walked_keys, "BV": cut.walked, "BLOCKS": pieces * blocks, "STAGES": cut.walk_stages}
-    keyed = constants["KEYED"]
+    keyed, pieces = constants["KEYED"], -(-HEADS["VALUE"] // cut.columns)
+    blocks = pieces * (cut.columns // cut.walked)
+    asked |= {"PART": fused_erasing.PART, "BS": cut.slice, "BV": cut.block, "BLOCKS": blocks}
+    reads = {"BS": cut.read_slice, "BV": cut.columns, "BLOCKS": blocks // pieces}
+    walked = {"BK": cut.walked_keys, "BV": cut.walked, "STAGES": cut.walk_stages}
     launches = [
-        ("prepare", cut.prepare_warps, {"BS": cut.slice, "BV": cut.prepared}),
-        ("walk", cut.walk_warps, walked),
-        ("read", cut.read_warps, reads | {"RELATED": False, "MEASURE": not keyed}),
+        ("prepare", cut.warps, {}),
+        ("walk", cut.warps, walked),
+        ("read", cut.warps, reads | {"RELATED": False, "MEASURE": not keyed}),
     ]
     if keyed:
-        measured = {"BS": cut.measured_slice, "BV": cut.measured}
         launches += [
-            ("measure", cut.measure_warps, measured),
-            ("tally", cut.tally_warps, {"BK": cut.keys, "BLOCKS": pieces * blocks}),
-            ("relate", cut.part_warps, parts),
-            ("solve", cut.part_warps, parts),
-            ("measure_parts", cut.part_warps, parts),
-            ("read again", cut.read_warps, reads | {"RELATED": True, "MEASURE": False}),
+            ("measure", cut.warps, {}),
+            ("tally", cut.tally_warps, {"BK": cut.keys}),
+            ("relate", cut.part_warps, {}),
+            ("solve", cut.warps, {}),
+            ("measure_parts", cut.part_warps, {}),
+            ("read again", cut.warps, reads | {"RELATED": True, "MEASURE": False}),
         ]
     found = {}
     for label, warps, more in launches:
