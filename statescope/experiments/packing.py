@@ -41,7 +41,7 @@ def pack(run: str | Path, folder: str | Path, table: str | Path | None = None) -
         made.
     table : str or Path, optional
         The table with the run's row, which says how it was made. Default: the sweep's, if the run is still in
-        its folder; without a row the command is made from the settings.
+        its folder, or ``made.json`` beside it; without either the command is made from the settings.
 
     Returns
     -------
@@ -91,12 +91,15 @@ def _facts(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _made(run: Path, table: str | Path | None) -> dict[str, Any]:
     from statescope.analyses.runs import read_lines
+    from statescope.experiments.training.cell import MADE
     from statescope.experiments.training_length import TABLE
 
     if table is None:
         table = run.parent.parent / TABLE
         if run.parent.name != "runs" or not table.exists():
-            return {}
+            beside = run / MADE
+            made: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+            return made
     rows = [r for r in read_lines(Path(table))[0] if Path(r["checkpoint"]).name == run.name]
     if not rows:
         raise ValueError(f"table={str(table)!r} has no run {run.name}")
