@@ -50,8 +50,8 @@ ROUNDED = TINY.but(dtype="bfloat16")
 ROUGH = "bfloat16" if DEVICE == "cuda" else "float32"
 """What mamba_ssm's kernels are tried in; in Triton's interpreter products of bfloat16 come out wrong."""
 
-ROUNDING = {"bfloat16": 2**-8, "float32": 1e-5}[ROUGH]
-"""Relative error that is always allowed: that of one number in bfloat16."""
+ROUNDING = {"bfloat16": 2**-8, "float32": 1e-5}
+"""Relative error that is always allowed."""
 
 
 @pytest.fixture
@@ -216,41 +216,54 @@ SIZES = {
 INTERPRETED = ("n5", "n1", "n24", "c4")
 
 
+@pytest.mark.parametrize("sizes", INTERPRETED)
+def test_rounding_costs_no_more_than_ours(stand_in: None, sizes: str) -> None:
+    """What is given and taken in bfloat16, by a function that is exact in between."""
+    compare(SIZES[sizes], "bfloat16", "cpu")
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_mamba_ssms_kernels_scan_as_ours(mamba_ssm: None, sizes: str) -> None:
-    """Outputs and gradients of mamba_ssm's kernels are about as near to float64's as ours."""
     if DEVICE == "cpu" and sizes not in INTERPRETED:
         skip("these sizes take minutes in Triton's interpreter")
-    keys, values, chunk = SIZES[sizes]
-    tokens = 4 * chunk
+    compare(SIZES[sizes], ROUGH, DEVICE)
+
+
+def compare(sizes: tuple[int, int, int], dtype: str, device: str) -> None:
+    """Outputs and gradients are about as near to float64's as those of our scan.
+
+    A rate's gradient is a difference of sums that nearly cancel: the scaling by it, and back. So what is
+    lost in rounding the outputs, and what they are weighted with, is lost there too.
+    """
+    keys, values, chunk = sizes
+    tokens, rough = 4 * chunk, getattr(torch, dtype)
     inputs, position = drawn(2, 2, tokens, 2, values, keys, [(0, chunk + 3), (0, 5, tokens - 2)])
-    position = position.to(DEVICE)
-    rough = getattr(torch, ROUGH)
+    position = position.to(device)
     kinds = (rough, torch.float32, torch.float32, rough, rough)
-    rounded = [x.to(DEVICE, kind) for x, kind in zip(inputs, kinds, strict=True)]
+    rounded = [x.to(device, kind) for x, kind in zip(inputs, kinds, strict=True)]
     generator = torch.Generator().manual_seed(1)
-    weight = torch.randn((*position.shape, 2, values), generator=generator).double().to(DEVICE)
+    weight = torch.randn((*position.shape, 2, values), generator=generator).double().to(device)
 
     def found(scan: Any, given: list[Tensor], *rest: Any) -> list[Tensor]:
         leaves = [x.detach().clone().requires_grad_() for x in given]
         y = scan(*leaves, position, *rest)
-        return [y, *torch.autograd.grad((y.double() * weight).sum(), leaves)]
+        return [y.detach(), *torch.autograd.grad((y.double() * weight).sum(), leaves)]
 
     want = found(stepped, [x.double() for x in rounded])
     theirs, ours = (found(scan, rounded, chunk) for scan in (scan_in_mamba_ssm, scan_in_torch))
+    lost = (want[0] * weight).square().sum((1, 2, 4)).sqrt() / rounded[2].double()
     for name, x, y, z in zip(("y", "x", "dt", "rate", "B", "C"), want, theirs, ours, strict=True):
-        error, own = (float((got - x).norm() / x.norm()) for got in (y, z))
-        print(f"{sizes} {name}: mamba_ssm {error:.1e}, ours {own:.1e}")
-        assert error <= max(2 * own, ROUNDING), name
+        error, own, size = (float(a.norm()) for a in (y - x, z - x, x))
+        allowed = max(2 * own, ROUNDING[dtype] * size)
+        if name == "rate":
+            allowed += torch.finfo(rough).eps * float(lost.norm())
+        print(f"{name}: mamba_ssm {error / size:.1e}, ours {own / size:.1e}")
+        assert error <= allowed, name
 
 
 def test_runs_learn_from_mamba_ssms_kernels_as_from_ours(mamba_ssm: None) -> None:
     """Loss and gradients of two runs: about as near to those in float32 as with our scan."""
-    sizes = (
-        {"row": 64, "width": 32}
-        if DEVICE == "cpu"
-        else {"row": 2048, "width": 256, "head_size": 64, "chunk": 64}
-    )
+    sizes = {"row": 2048, "width": 256, "head_size": 64, "chunk": 64} if DEVICE == "cuda" else {"row": 64}
     config = TINY.but(**sizes, state_size=16, train_length=sizes["row"])
     runs, device = [config, config.but(seed=1, train_length=16)], torch.device(DEVICE)
     exact = losses(Ensemble(runs, device), scan_in_torch)
@@ -261,4 +274,18 @@ def test_runs_learn_from_mamba_ssms_kernels_as_from_ours(mamba_ssm: None) -> Non
         error, own = (float((got - want).norm() / want.norm()) for got in both)
         apart = [float(abs(x[0][run] / exact[0][run] - 1)) for x in (theirs, ours)]
         print(f"gradients: mamba_ssm {error:.1e}, ours {own:.1e}; loss: {apart[0]:.1e}, {apart[1]:.1e}")
-        assert error <= max(1.5 * own, ROUNDING) and apart[0] <= ROUNDING
+        assert error <= max(1.5 * own, ROUNDING[ROUGH]) and apart[0] <= ROUNDING[ROUGH]
+    if DEVICE == "cuda":
+        for name, scan in (("mamba_ssm", scan_in_mamba_ssm), ("ours", scan_in_torch)):
+            print(f"{name}: {milliseconds(rough, scan):.2f} ms a step, not fused")
+
+
+def milliseconds(ensemble: Ensemble, scan: Any, times: int = 5) -> float:
+    """How long loss and gradients take on a GPU."""
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
+    for _ in range(times):
+        losses(ensemble, scan)
+    ended.record()
+    ended.synchronize()
+    return float(begun.elapsed_time(ended) / times)
