@@ -72,8 +72,8 @@ class Config:
     checkpoints : int
         So many checkpoints at log-spaced steps, besides the last.
     kernels : str
-        What scans: ``"mamba_ssm"``, its kernels; ``"torch"``, our own; ``"auto"``, the first where it can be
-        had, else the second. What was used, and why, is written beside the checkpoint.
+        What scans in training: ``"mamba_ssm"``, its kernels; ``"torch"``, our own; ``"auto"``, the first
+        where it can be had, else the second. What was used, and why, is written beside the checkpoint.
 
     Raises
     ------

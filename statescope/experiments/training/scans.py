@@ -11,7 +11,10 @@ that begin elsewhere. It serves them all the same, for the recurrence is linear 
     a S_t = e^{-(a \Delta_t)} a S_{t-1} + (a \Delta_t) B_t x_t^\top .
 
 So it is given :math:`a \Delta_t` with :math:`A = -1`, and what it reads is divided by :math:`a`. The number
-of each sequence, ``seq_idx``, empties the state where one begins.
+of each sequence, ``seq_idx``, empties the state where one begins. The gradient of :math:`a` is then a
+difference of sums that nearly cancel, and what is lost in rounding outputs to bfloat16 shows in it: 1 or 2 %
+in random data. No size was found that its kernels refuse: states of 1 to 512 keys, heads of 4 to 256 values,
+chunks of 1 to 512 tokens ran.
 """
 
 from __future__ import annotations
