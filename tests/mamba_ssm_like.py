@@ -59,7 +59,7 @@ def mamba_chunk_scan_combined(
     return_varlen_states: bool = False,
 ) -> Any:
     """Step through the recurrence in float64; outputs in the dtype of x, the state in float32."""
-    assert seq_idx is None and cu_seqlens is None and not return_varlen_states
+    assert cu_seqlens is None and not return_varlen_states
     batch, time, heads, size = x.shape
     step = dt.double() if dt_bias is None else dt.double() + dt_bias.double()
     step = (softplus(step) if dt_softplus else step).clamp(*dt_limit)
@@ -67,9 +67,12 @@ def mamba_chunk_scan_combined(
     state = torch.zeros(batch, heads, size, B.shape[3], dtype=torch.float64)
     if initial_states is not None:
         state = initial_states.double()
+    same = torch.ones(batch, time, dtype=torch.bool)
+    if seq_idx is not None:
+        same[:, 1:] = seq_idx[:, 1:] == seq_idx[:, :-1]  # else another text begins, with an empty state
     rows = []
     for t in range(time):
-        decay = (step[:, t] * A.double()).exp()[..., None, None]
+        decay = same[:, t, None, None, None] * (step[:, t] * A.double()).exp()[..., None, None]
         write = step[:, t, :, None, None] * x[:, t, :, :, None].double() * keys[:, t, :, None]
         state = decay * state + write
         rows.append((state * queries[:, t, :, None]).sum(-1))

@@ -171,3 +171,22 @@ def test_bundled_checkpoints_have_cards(name: str) -> None:
     assert card["checkpoint"]["bytes"] == (folder / "model.safetensors").stat().st_size
     assert card["checkpoint"]["parameters"] == sum(p.numel() for p in statescope.load(name).parameters())
     assert f"[{name}]({name}/README.md)" in (folder.parent / "README.md").read_text()
+
+
+def test_the_bundled_one_that_forgets_is_the_one_that_the_rule_chose() -> None:
+    """Of all runs trained for it, none with an overloaded head in any text recalls more; nor has it one."""
+    path = Path(__file__).parents[1] / "notebooks" / "results" / "h200-checkpoints.json"
+    runs = json.loads(path.read_text())["runs"]
+    passed = [len(runs)]
+    left = runs
+    for text in ("held-out books", "book text", "filler"):
+        left = [r for r in left if r["states"][text]["overloaded_heads"] == 0]
+        passed.append(len(left))
+    assert passed == [32, 9, 5, 3]
+    best = max(left, key=lambda r: sum(r["passkeys"]))
+    card = read_card(statescope.bundled()["mamba2-byte-n32-t2048"])
+    same = ("layers", "state_size", "train_length", "seed", "steps")
+    assert {k: best[k] for k in same} == {k: card["training"][k] for k in same}
+    assert card["training"]["made"]["command"] == best["command"]
+    assert card["states"]["overloaded_heads"] == 0 and "forget by its states" in card["states"]["sentence"]
+    assert best["states"]["book text"]["worst_overload"] == card["states"]["worst_overload"]

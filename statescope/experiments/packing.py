@@ -41,7 +41,7 @@ def pack(run: str | Path, folder: str | Path, table: str | Path | None = None) -
         made.
     table : str or Path, optional
         The table with the run's row, which says how it was made. Default: the sweep's, if the run is still in
-        its folder; without a row the command is made from the settings.
+        its folder; without a row ``made.json`` beside the run, and a command made from the settings.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def pack(run: str | Path, folder: str | Path, table: str | Path | None = None) -
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder={str(folder)!r} is not empty; name a new one")
     settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
-    facts = _facts(settings) | {"made": _made(run, table) or {"command": command_of(settings)}}
+    facts = _facts(settings) | {"made": _made(run, table, settings)}
     weights = {_renamed(name): _smaller(w) for name, w in load_file(run / WEIGHTS).items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", _config(settings)), ("training.json", facts)):
@@ -89,14 +89,18 @@ def _facts(settings: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _made(run: Path, table: str | Path | None) -> dict[str, Any]:
+def _made(run: Path, table: str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The row's facts; without one those beside the run, with the command that trains it by itself."""
     from statescope.analyses.runs import read_lines
+    from statescope.experiments.training.cell import MADE
     from statescope.experiments.training_length import TABLE
 
     if table is None:
         table = run.parent.parent / TABLE
         if run.parent.name != "runs" or not table.exists():
-            return {}
+            beside = run / MADE
+            known = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+            return known | {"command": command_of(settings)}
     rows = [r for r in read_lines(Path(table))[0] if Path(r["checkpoint"]).name == run.name]
     if not rows:
         raise ValueError(f"table={str(table)!r} has no run {run.name}")

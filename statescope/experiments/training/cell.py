@@ -27,7 +27,7 @@ from statescope.models import load
 Row = dict[str, Any]
 Tick = Callable[[int, float], None]
 
-STATE = "state.safetensors"
+STATE, MADE = "state.safetensors", "made.json"
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where passkeys are hidden: 0 at the start, 1 right before the question."""
@@ -82,8 +82,9 @@ def train_cell(
 ) -> list[Row]:
     """Train runs as one; go on where an interrupted call was.
 
-    Checkpoints are written to ``folder/runs/NAME`` (those before the last step to ``NAME/step-N``). The
-    state that training goes on from is in ``folder/cells``, and stays until :func:`forget` removes it.
+    Checkpoints are written to ``folder/runs/NAME`` (those before the last step to ``NAME/step-N``), each with
+    ``made.json``: how it was made, and with which kernels. The state that training goes on from is in
+    ``folder/cells``, and stays until :func:`forget` removes it.
 
     Returns
     -------
@@ -145,7 +146,9 @@ def _rows(ensemble: Ensemble, folder: Path, step: int, effort: Effort, seconds: 
         asked = _passkeys(config, folder / at, ensemble.device, effort)
         row = {"run": name, "step": step, "config": config.to_json(), "state_numbers": config.state_numbers}
         row |= {"entries": config.entries, "train_loss": losses[run], "checkpoint": str(at), **found[run]}
-        rows.append(row | asked | {"made": _made(ensemble, seconds)})
+        made = _made(ensemble, seconds)
+        (folder / at / MADE).write_text(json.dumps(made, indent=1), encoding="utf-8")
+        rows.append(row | asked | {"made": made})
     return rows
 
 
@@ -171,6 +174,7 @@ def _made(ensemble: Ensemble, seconds: float) -> Row:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "statescope": version("statescope-ssm"),
+        "kernels": str(ensemble.kernels),
         "runs_together": len(ensemble.configs),
         "train_seconds": round(seconds, 2),
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 STREAMS = ("recall", "text")
+KERNELS = ("auto", "mamba_ssm", "torch")
 
 FREE = (
     "state_size",
@@ -70,6 +71,9 @@ class Config:
         ``"bfloat16"`` or ``"float32"``: what matrix products are done in; weights are float32.
     checkpoints : int
         So many checkpoints at log-spaced steps, besides the last.
+    kernels : str
+        What scans in training: ``"mamba_ssm"``, its kernels; ``"torch"``, our own; ``"auto"``, the first
+        where it can be had, else the second. What was used, and why, is written beside the checkpoint.
 
     Raises
     ------
@@ -100,6 +104,7 @@ class Config:
     values: int = 64
     dtype: str = "bfloat16"
     checkpoints: int = 0
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for name in FREE:
@@ -117,6 +122,8 @@ class Config:
             raise ValueError(f"stream={self.stream!r}; expected one of {', '.join(STREAMS)}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={self.dtype!r}; expected bfloat16 or float32")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels={self.kernels!r}; expected one of {', '.join(KERNELS)}")
         for name in ("train_length", "row", "chunk"):
             size = getattr(self, name)
             _whole(name, size, 1)
@@ -165,7 +172,10 @@ class Config:
     def name(self) -> str:
         """Name of the run, for people and for folders."""
         parts = f"n{self.state_size}-t{self.train_length}-b{self.steps}-s{self.seed}"
-        return f"{self.stream}-{parts}-{_digest(asdict(self))[:8]}"
+        chosen = {
+            k: v for k, v in asdict(self).items() if (k, v) != ("kernels", "auto")
+        }  # as before there were any
+        return f"{self.stream}-{parts}-{_digest(chosen)[:8]}"
 
     def marks(self) -> list[int]:
         """Steps after which a checkpoint is kept, log-spaced, the last one among them."""

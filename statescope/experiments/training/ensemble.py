@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 
 from statescope.experiments.training.config import Config
 from statescope.experiments.training.draws import Draws
-from statescope.experiments.training.model import Parameters, Shape, read
+from statescope.experiments.training.model import Parameters, Scan, Shape, read
+from statescope.experiments.training.scans import choose
 from statescope.experiments.training.streams import SHORTEST, Batch, Rows, Stream, stream_of
 from statescope.models import mamba2_config
 from statescope.tokens import BYTES
@@ -51,7 +52,7 @@ class Ensemble:
     Raises
     ------
     ValueError
-        If the runs cannot be trained as one.
+        If the runs cannot be trained as one, or not with the kernels they ask for.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Ensemble:
             raise ValueError("configs are of different shapes; train them one after the other")
         first = configs[0]
         self.configs, self.device = configs, device
+        self.kernels = choose(first, device)
         self.shape = Shape(first.vocabulary, first.layers, first.width, first.state_size, first.head_size)
         self.stream: Stream = stream_of(configs, device)
         self.dtype = getattr(torch, first.dtype)
@@ -103,7 +105,8 @@ class Ensemble:
 
     def losses(self, p: Parameters, batch: Batch) -> Tensor:
         """Mean loss of every run, (run,), in nat."""
-        logits = answer_logits(p, self.shape, self.stream, batch, self.configs[0].chunk, self.dtype)
+        chunk, scan = self.configs[0].chunk, self.kernels.scan
+        logits = answer_logits(p, self.shape, self.stream, batch, chunk, self.dtype, scan)
         loss = cross_entropy(logits.flatten(0, 2), batch.answers.flatten(), reduction="none")
         weight = batch.weight.flatten(1)
         return (loss.view_as(weight) * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
@@ -179,7 +182,7 @@ class Ensemble:
         """
         with safe_open(path, "pt") as file:
             runs = json.loads((file.metadata() or {}).get("runs", "[]"))
-            if runs != [c.to_json() for c in self.configs]:
+            if [Config.from_json(r) for r in runs] != self.configs:
                 raise ValueError(f"{path} holds the state of other runs; name another folder, or remove it")
             for name, x in self._state().items():
                 x.copy_(file.get_tensor(name))
@@ -207,10 +210,16 @@ class Ensemble:
 
 
 def answer_logits(
-    p: Parameters, shape: Shape, stream: Stream, batch: Batch, chunk: int, dtype: torch.dtype
+    p: Parameters,
+    shape: Shape,
+    stream: Stream,
+    batch: Batch,
+    chunk: int,
+    dtype: torch.dtype,
+    scan: Scan | None = None,
 ) -> Tensor:
     """Logits of the answers where they are asked, (run, row, asked, choice), float32."""
-    hidden = read(p, shape, batch.ids, batch.position, chunk, dtype)[:, :, :: stream.stride]
+    hidden = read(p, shape, batch.ids, batch.position, chunk, dtype, scan)[:, :, :: stream.stride]
     head = p["backbone.embeddings.weight"][:, : stream.choices].to(dtype)
     return torch.bmm(hidden.flatten(1, 2), head.mT).unflatten(1, hidden.shape[1:3]).float()
 

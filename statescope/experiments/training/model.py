@@ -15,6 +15,7 @@ Letters: r run, b row, l token, c chunk, i and j tokens of a chunk, h head, p va
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ EPSILON = 1e-5
 """Of the norms."""
 
 Parameters = dict[str, Tensor]
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,13 @@ class Shape:
 
 
 def read(
-    p: Parameters, shape: Shape, ids: Tensor, position: Tensor, chunk: int, dtype: torch.dtype
+    p: Parameters,
+    shape: Shape,
+    ids: Tensor,
+    position: Tensor,
+    chunk: int,
+    dtype: torch.dtype,
+    scan: Scan | None = None,
 ) -> Tensor:
     """Run the models over rows of tokens.
 
@@ -119,6 +127,8 @@ def read(
         Tokens of one matrix product.
     dtype : torch.dtype
         Of the matrix products; norms, decays and what runs beside the layers are float32.
+    scan : callable, optional
+        What reads the states. Default: :func:`scan_in_torch`.
 
     Returns
     -------
@@ -133,7 +143,7 @@ def read(
             name.split(".", 3)[3]: w for name, w in p.items() if name.startswith(f"backbone.layers.{layer}.")
         }
         u = rms_norm(x, own["norm.weight"], dtype)
-        x = x + mixer(own, shape, u, position, chunk, dtype)
+        x = x + mixer(own, shape, u, position, chunk, dtype, scan or scan_in_torch)
     return rms_norm(x, p["backbone.norm_f.weight"], dtype)
 
 
@@ -144,7 +154,9 @@ def rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * weight[:, None, None]).to(dtype)
 
 
-def mixer(p: Parameters, shape: Shape, u: Tensor, position: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+def mixer(
+    p: Parameters, shape: Shape, u: Tensor, position: Tensor, chunk: int, dtype: torch.dtype, scan: Scan
+) -> Tensor:
     """One layer, (run, row, token, width) to the same."""
     inner, keys, heads = shape.inner, shape.state_size, shape.heads
     projected = _project(u, p["mixer.in_proj.weight"], dtype)
@@ -152,10 +164,9 @@ def mixer(p: Parameters, shape: Shape, u: Tensor, position: Tensor, chunk: int, 
     xBC = convolve(xBC, p["mixer.conv1d.weight"][:, :, 0], p["mixer.conv1d.bias"], position)
     x, B, C = xBC.split([inner, keys, keys], -1)
     dt = softplus(dt.float() + p["mixer.dt_bias"][:, None, None])
-    decay = -p["mixer.A_log"].exp()[:, None, None] * dt
-    decay = torch.where(position[..., None] == 0, EMPTIED, decay)
     x = x.unflatten(-1, (heads, -1))
-    y = scan(x, dt, decay, B, C, chunk).float() + p["mixer.D"][:, None, None, :, None] * x
+    y = scan(x, dt, p["mixer.A_log"].exp(), B, C, position, chunk)
+    y = y.float() + p["mixer.D"][:, None, None, :, None] * x
     gated = y.flatten(-2) * silu(z.float())
     return _project(rms_norm(gated, p["mixer.norm.weight"], dtype), p["mixer.out_proj.weight"], dtype)
 
@@ -175,6 +186,17 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, position: Tensor) -> Tenso
         seen = (position >= back)[..., None]
         total = total + torch.where(seen, weight[:, None, None, :, -1 - back] * earlier, 0.0)
     return silu(total).to(x.dtype)
+
+
+def scan_in_torch(
+    x: Tensor, dt: Tensor, rate: Tensor, B: Tensor, C: Tensor, position: Tensor, chunk: int
+) -> Tensor:
+    """Read ``y_t = S_t^T C_t`` of states that decay by ``rate * dt``, emptied where ``position`` is 0.
+
+    ``rate`` is (run, head); all else as :func:`scan` takes it, and :func:`read`.
+    """
+    decay = torch.where(position[..., None] == 0, EMPTIED, -rate[:, None, None] * dt)
+    return scan(x, dt, decay, B, C, chunk)
 
 
 def scan(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, chunk: int) -> Tensor:
