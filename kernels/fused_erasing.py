@@ -54,7 +54,8 @@ class Tiling:
     """How a shape is cut up: rows of a chunk, keys and columns at once, and the warps of every launch.
 
     ``walk`` has ``walked_keys`` of ``walked`` columns of the state, ``read`` ``read_slice`` keys of
-    ``columns``, ``tally`` all ``keys``, and the others ``slice`` keys of ``block`` columns.
+    ``columns``, what goes part by part ``part_slice`` of ``block``, ``tally`` all ``keys``, and the others
+    ``slice`` keys of ``block`` columns.
     """
 
     chunk: int
@@ -68,6 +69,7 @@ class Tiling:
     walk_stages: int = 1
     stages: int = 1
     warps: int = 4
+    part_slice: int = 32
     part_warps: int = 2
     tally_warps: int = 1
 
@@ -97,7 +99,8 @@ def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
         return Tiling(64, keys, 64, 64, across, 32, 32, columns, walk_stages=3, stages=2)
     some, columns = min(keys, 32), min(values, 32)
     across = keys if r.erases else some
-    return Tiling(32 if keys <= 128 else 16, keys, some, columns, across, min(columns, 16), some, columns)
+    return Tiling(32 if keys <= 128 else 16, keys, some, columns, across, min(columns, 16), some, columns,
+                  part_slice=some)  # fmt: skip
 
 
 def scan(
@@ -218,7 +221,7 @@ def _run(
     if keyed:
         careful.relate[few](
             *q, *k, *decay, *along, *erase, system, seen, hard, *sizes, **shape, **exact,
-            PART=PART, BS=cut.slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs,
+            PART=PART, BS=cut.part_slice, PAIRS=writes == 2, ERASES=r.erases, OUTPUTS=outputs,
             num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
         careful.solve[few](
@@ -267,7 +270,7 @@ def _run(
         )  # fmt: skip
         careful.measure_parts[few](
             *written, states, gained, hard, found, *sizes, **wide, **kinds, **delta,
-            PART=PART, BS=cut.slice, BV=cut.block, num_warps=cut.part_warps, num_stages=cut.stages,
+            PART=PART, BS=cut.part_slice, BV=cut.block, num_warps=cut.part_warps, num_stages=cut.stages,
         )  # fmt: skip
         kernels.tally[grid](
             *k, *decay, *erase, energy, gained, found, *sizes, **shape, BK=cut.keys,

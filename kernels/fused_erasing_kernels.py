@@ -292,8 +292,9 @@ def prepare(
 
     ``values`` is :math:`T W V`, ``through`` :math:`T X`, ``remaining`` :math:`K_{rem}`, the keys decayed to
     the chunk's end, and ``kept`` :math:`G_L`, base 2. Under the delta rule :math:`X` is the key, decayed up
-    to the row's own token, times ``a``; otherwise ``b``, decayed up to the token before. Where nothing is erased, U is W V: W is taken into ``remaining``. Without KEYED
-    ``remaining`` is what survives of each row, one number (batch, head, row), and ``kept`` is of all keys.
+    to the row's own token, times ``a``; otherwise ``b``, decayed up to the token before. Where nothing is
+    erased, U is W V: W is taken into ``remaining``. Without KEYED ``remaining`` is what survives of each row,
+    one number (batch, head, row), and ``kept`` is of all keys.
 
     With KEYED, ``hard`` (batch, head, chunk) is 1 where a key forgets too much to relate all rows of a chunk
     at once, or a key or rate is not finite: such a chunk is left to launches of its own
@@ -430,7 +431,8 @@ def walk(
     chunk, key, value) is the state that enters each, and ``energy`` (2, batch, head, chunk, block, key) the
     energy of each of its rows in these columns, and the sum of its entries; without KEYED of all of the
     block's rows, (2, batch, head, chunk, block). With KEEP ``entered`` (kept, batch, head, key, value) is
-    the state that enters each chunk whose entry of ``slots`` is not -1. Grid: (head * blocks of columns and keys, batch).
+    the state that enters each chunk whose entry of ``slots`` is not -1.
+    Grid: (head * blocks of columns and keys, batch).
     """
     across: tl.constexpr = (KEY + BK - 1) // BK
     head = tl.program_id(0) // (BLOCKS * across)
@@ -548,7 +550,7 @@ def read(
     HAS_SCALE: tl.constexpr, HAS_SKIP: tl.constexpr,
     OUTPUTS: tl.constexpr, MEASURE: tl.constexpr, RELATED: tl.constexpr,
 ):  # fmt: skip
-    r"""Read each chunk with its queries; without KEYED also bring what is written and what is stored together.
+    r"""Read each chunk with its queries; without KEYED bring what is written and what is stored together.
 
     ``found`` is (field, piece, batch, row, head), all sums over the columns of a piece: the energy of the
     state once it has decayed, before the write; :math:`|U_t|^2`; :math:`\langle D_t, U_t \rangle`; the sum

@@ -143,7 +143,7 @@ def relate(
     ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
     :math:`j \le t`, where x is what erases (:func:`prepare`), or the query. The decay between two rows is
     split where the later one's part begins, and what a key forgets too much for within a part is found pair
-    by pair. Grid: as many programs as there are.
+    by pair. Grid: any number of programs.
     """
     parts: tl.constexpr = L // PART
     for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS * parts, tl.num_programs(0)):
@@ -241,7 +241,7 @@ def solve(
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr
 ):  # fmt: skip
-    """Find what ``prepare`` does of others, from ``system`` (:func:`relate`). Grid: as many programs as there are."""
+    """Find what ``prepare`` does of others, from what :func:`relate` found. Grid: any number of programs."""
     for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS, tl.num_programs(0)):
         if tl.load(hard + item) != 0:
             chunk, head, batch = _place(item, CHUNKS, HEADS)
@@ -391,7 +391,7 @@ def measure_parts(
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """What ``measure`` finds of other chunks. Grid: as many programs as there are."""
+    """What ``measure`` finds of other chunks. Grid: any number of programs."""
     parts: tl.constexpr = L // PART
     for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS * parts, tl.num_programs(0)):
         if tl.load(hard + item // parts) != 0:

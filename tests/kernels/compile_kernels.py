@@ -131,9 +131,9 @@ def erasing(
         launches += [
             ("measure", cut.warps, {}),
             ("tally", cut.tally_warps, {"BK": cut.keys}),
-            ("relate", cut.part_warps, {}),
+            ("relate", cut.part_warps, {"BS": cut.part_slice}),
             ("solve", cut.warps, {}),
-            ("measure_parts", cut.part_warps, {}),
+            ("measure_parts", cut.part_warps, {"BS": cut.part_slice}),
             ("read again", cut.warps, reads | {"RELATED": True, "MEASURE": False}),
         ]
     found = {}
