@@ -104,7 +104,16 @@ def usage(compiled: Any, backend: str) -> dict[str, int]:
         command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return {"registers": int(registers), "shared": compiled.metadata.shared, "spilled": int(stack)}
+    found = {"registers": int(registers), "shared": compiled.metadata.shared, "spilled": int(stack)}
+    return found | {"known": known_operands(compiled.asm["ptx"])}
+
+
+def known_operands(ptx: str) -> int:
+    """Count the products whose first operand, in registers, is a constant in part."""
+    constant = set(re.findall(r"mov\.[bu]32\s+(%r\d+), -?\d+;", ptx))
+    operands = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, \{([^}]*)\}", ptx)
+    shares = [sum(r.strip() in constant for r in o.split(",")) for o in operands]
+    return sum(0 < share < 4 for share in shares)
 
 
 def erasing(
