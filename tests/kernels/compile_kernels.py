@@ -110,9 +110,15 @@ def usage(compiled: Any, backend: str) -> dict[str, int]:
 
 def known_operands(ptx: str) -> int:
     """Count the products whose first operand, in registers, is a constant in part."""
-    constant = set(re.findall(r"mov\.[bu]32\s+(%r\d+), -?\d+;", ptx))
+    moved = dict(re.findall(r"mov\.[bu]32\s+(%r\d+), (-?\d+|%r\d+);", ptx))
+
+    def constant(register: str) -> bool:
+        while register in moved:
+            register = moved[register]
+        return not register.startswith("%")
+
     operands = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, \{([^}]*)\}", ptx)
-    shares = [sum(r.strip() in constant for r in o.split(",")) for o in operands]
+    shares = [sum(constant(r.strip()) for r in o.split(",")) for o in operands]
     return sum(0 < share < 4 for share in shares)
 
 
