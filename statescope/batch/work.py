@@ -130,6 +130,7 @@ def work(texts: Sequence[Text], settings: Settings, facts: Facts, dumps: Dumps, 
     except OSError as error:
         known = {outcome.id for outcome in outcomes}
         outcomes += [Outcome(t.id, "unplaced", _reason(error)) for t in texts if t.id not in known]
+    held.hand_back()
     return outcomes
 
 
@@ -269,9 +270,7 @@ def _place(
     except Exception as error:  # of whatever kind a file system's are
         return Outcome(text.id, "unplaced", _reason(error))
     known = None if np.isnan(loss) else loss
-    return Outcome(
-        text.id, "done", None, _length(plan), known, seconds, size, together, held.of_this_process().now()
-    )
+    return Outcome(text.id, "done", None, _length(plan), known, seconds, size, together, held.resident())
 
 
 def _failed(text: Text, error: Exception) -> Outcome:
