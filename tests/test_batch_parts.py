@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -59,17 +60,24 @@ def test_bench(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from statescope.experiments.bench import batch as timed
 
     monkeypatch.setattr(timed, "Apart", apart.Here)
-    monkeypatch.setattr(timed, "LENGTHS", {"cpu": (20, 60)})
+    monkeypatch.setattr(timed, "LENGTHS", (20, 60))
     monkeypatch.setattr(timed, "_numbers", lambda: [1])
     monkeypatch.setattr(timed, "workers_of", lambda *_: nullcontext((client, False)))
-    one, loop = timed.measure(BenchSettings.of(False, ("batch",), model=MODEL, texts=5))
+    allowed = os.sched_getaffinity(0)
+    one, loop, held = timed.measure(BenchSettings.of(False, ("batch",), model=MODEL, texts=5, rounds=2))
     assert (one["workers"], len(one["devices"]), loop["workers"], loop["texts_read"]) == (1, 1, 0, 5)
-    assert loop["workers_over_loop"] == {"1": one["tokens_per_s"] / loop["tokens_per_s"]}
-    for entry in (one, loop):
+    assert (loop["cores"], held["cores"], held["threads"]) == (None, 1, 1)
+    assert os.sched_getaffinity(0) == allowed
+    for slow in (loop, held):
+        rates = zip(one["tokens_per_s_of_rounds"], slow["tokens_per_s_of_rounds"], strict=True)
+        ratios = [a / b for a, b in rates]
+        assert slow["workers_over_loop_of_rounds"] == {"1": ratios}
+        assert slow["workers_over_loop"] == {"1": sum(ratios) / 2}
+    for entry in (one, loop, held):
         assert entry["texts_per_s"] * entry["seconds"] == pytest.approx(5)
         assert 100 < entry["tokens_per_s"] * entry["seconds"] < 300
-    said = [line for entry in (one, loop) for line in timed.describe(entry)]
-    assert "1 workers: " in said[0] and "5 in a loop over trace" in said[1]
+    said = [line for entry in (one, loop, held) for line in timed.describe(entry)]
+    assert "1 workers: " in said[0] and "5 in a loop over trace: " in said[1] and "on one core: " in said[2]
 
 
 @pytest.mark.parametrize(("workers", "passes"), [(1, 8), (10, 4), (100, 1)])
