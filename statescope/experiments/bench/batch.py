@@ -65,8 +65,9 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
             return
         given |= {"model": model, "window": about["window"]}
         found: dict[Contestant, list[dict[str, Any]]] = {one: [] for one in _contestants(settings.gpu)}
-        for i in range(1 if settings.gpu else settings.rounds):  # workers take a minute to start on a GPU
-            for workers, cores in [*found][:: -1 if i % 2 else 1]:
+        # On a GPU workers take a minute to start. The last round begins with them: the loops need their rates.
+        for left in reversed(range(1 if settings.gpu else settings.rounds)):
+            for workers, cores in [*found][:: -1 if left % 2 else 1]:
                 job = f"{__name__}.{'many' if workers else 'loop'}"
                 try:
                     entry = apart.call(
@@ -75,8 +76,8 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
                 except Lost as lost:
                     entry = {"skipped": str(lost)}
                 found[workers, cores].append(entry)
-        for one in found:
-            yield about | {"workers": one[0]} | _joined(one, found)
+                if not left:
+                    yield about | {"workers": workers} | _joined((workers, cores), found)
 
 
 def _contestants(gpu: bool) -> list[Contestant]:
