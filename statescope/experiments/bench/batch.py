@@ -65,7 +65,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
             return
         given |= {"model": model, "window": about["window"]}
         found: dict[Contestant, list[dict[str, Any]]] = {one: [] for one in _contestants(settings.gpu)}
-        # On a GPU workers take a minute to start. The last round begins with them: the loops need their rates.
+        # On a GPU workers take a minute to start. The last round begins with them: loops need their rates.
         for left in reversed(range(1 if settings.gpu else settings.rounds)):
             for workers, cores in [*found][:: -1 if left % 2 else 1]:
                 job = f"{__name__}.{'many' if workers else 'loop'}"
