@@ -108,6 +108,7 @@ def work(texts: Sequence[Text], settings: Settings, facts: Facts, dumps: Dumps, 
     model, name, weights = _loaded(settings.model, settings.device, settings.dtype)
     if weights != facts.weights:
         raise ValueError(f"model={settings.model!r} has other weights on this worker than on the first one")
+    held.keep()
     outcomes, plans = [], []
     for text in texts:
         try:
