@@ -19,6 +19,7 @@ other erase terms are for :mod:`statescope.kernels.erasing`, decay per entry is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ from .interface import Attribution, ScanOutput, Steps
 CHUNK, NARROW_CHUNK = 64, 32
 """Tokens of one matrix product; the narrow one for up to 32 keys, where states are cheap to pass on."""
 
-ROWS = {"cpu": 2**13, "cuda": 2**19}
+ROWS = {"cpu": 2**12, "cuda": 2**19}
 """Tokens times heads times sequences worked on at once, by device: bounds the memory whatever the length.
 
 On a CPU the work stays in the caches, and under the size from which the allocator returns memory each time.
@@ -77,7 +78,7 @@ def scan(
         stop = min(first + block, recurrence.time)
         chunks = _Chunks.split(recurrence, first, stop, dtype)
         entering, state = chunks.pass_states(state)
-        measured = chunks.read(entering, None if y is None else y[:, first:stop], measure)
+        measured = chunks.read(entering, None if y is None else y[:, first:stop], measure, recurrence.skip)
         if measured is not None:
             steps.append(measured)
         for p in positions:
@@ -87,7 +88,7 @@ def scan(
         # A matrix product spreads a NaN to earlier tokens of its chunk (0 * NaN is NaN); stepping does not.
         return reference.scan(recurrence, outputs=outputs, measure=measure, positions=positions, dtype=dtype)
     return ScanOutput(
-        y=None if y is None else _with_skip(recurrence, y),
+        y=y,
         steps=Steps.concatenate(steps) if measure else None,
         states=torch.stack([kept[p] for p in positions], 1) if positions else state[:, None][:, :0],
         final_state=state,
@@ -225,10 +226,10 @@ class _Chunks:
     time: int
     q: Tensor  # b c g i k
     k: Tensor  # b c g i k
-    v: Tensor  # b c i g h v
-    w: Tensor  # b c g h i, the write scale
+    v: Tensor  # b c g h i v
+    values: Tensor  # b c g h i v, as they are written
     log_decay: Tensor  # b c g h i
-    run: Tensor  # b c g h i, float64: the running sum of log_decay, of which only differences matter
+    run: Tensor  # b c g h i, float64: the running sum of log_decay / log 2, of which only differences matter
 
     @classmethod
     def split(cls, r: Recurrence, first: int, stop: int, dtype: torch.dtype) -> _Chunks:
@@ -245,26 +246,26 @@ class _Chunks:
         def per_head(x: Tensor) -> Tensor:
             return cut(x).unflatten(-1, heads).movedim(2, -1).contiguous()
 
-        log_decay = per_head(r.log_decay)
-        scale = torch.ones_like(r.v[..., 0]) if r.write_scale is None else r.write_scale
+        log_decay, v = per_head(r.log_decay), cut(r.v).unflatten(3, heads).movedim(2, 4).contiguous()
         return cls(
             time=length,
             q=cut(r.q).transpose(2, 3).contiguous(),
             k=cut(r.k).transpose(2, 3).contiguous(),
-            v=cut(r.v).unflatten(3, heads),
-            w=per_head(scale),
+            v=v,
+            values=v if r.write_scale is None else v * per_head(r.write_scale)[..., None],
             log_decay=log_decay,
-            run=log_decay.double().cumsum(-1),
+            run=(log_decay.double() / math.log(2)).cumsum(-1),
         )
 
     def pass_states(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the state entering every chunk, (b c g k h v), and the one leaving the last."""
-        groups, heads = self.w.shape[2:4]
-        remaining = (self.run[..., -1:] - self.run).to(self.w).exp() * self.w
-        written = self.v * remaining.permute(0, 1, 4, 2, 3)[..., None]
-        local = self.k.transpose(-2, -1) @ written.transpose(2, 3).flatten(4)
-        decay = self.run[..., -1].to(self.w).exp()[..., None, :, None]
-        decay = decay.expand(-1, -1, -1, -1, -1, self.v.shape[-1]).flatten(4)  # long rows are quick to walk
+        groups, heads, size, value = self.v.shape[2:]
+        remaining = _power(self.run[..., -1:] - self.run, self.v)[..., None]
+        written = self.v.new_empty((*self.v.shape[:2], groups, size, heads, value))
+        torch.mul(self.values, remaining, out=written.transpose(3, 4))
+        local = self.k.transpose(-2, -1) @ written.flatten(4)
+        decay = _power(self.run[..., -1], self.v)[..., None, :, None]
+        decay = decay.expand(-1, -1, -1, -1, -1, value).flatten(4)  # long rows are quick to walk
         states = local.new_empty((local.shape[0], local.shape[1] + 1, *local.shape[2:]))
         states[:, 0] = state.unflatten(1, (groups, heads)).transpose(2, 3).flatten(3)
         for c in range(local.shape[1]):
@@ -272,41 +273,47 @@ class _Chunks:
         states = states.unflatten(-1, (heads, -1))
         return states[:, :-1], states[:, -1].transpose(2, 3).flatten(1, 2).contiguous()
 
-    def read(self, entering: Tensor, y: Tensor | None, measure: bool) -> Steps | None:
+    def read(self, entering: Tensor, y: Tensor | None, measure: bool, skip: Tensor | None) -> Steps | None:
         """Read the past with the query, into ``y``, and with the key, for the measurements."""
-        difference = (self.run[..., :, None] - self.run[..., None, :]).to(self.w)
-        future = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
-        weights = difference.masked_fill_(future, -torch.inf).exp_()  # b c g h i j
-        v = self.v.permute(0, 1, 3, 4, 2, 5)
-        values = torch.mul(v, self.w[..., None], out=v.new_empty(v.shape))  # laid out for the products
+        difference = (self.run[..., :, None] - self.run[..., None, :]).to(self.v)
+        future = torch.full_like(difference[0, 0, 0, 0], -torch.inf).triu(1)
+        weights = difference.add_(future).exp2_()  # b c g h i j
         if y is not None:
-            self._write(y, self._past(self.q, weights, values, entering))
-        if not measure:
-            return None
-        read = self._past(self.k, weights.tril(-1), values, entering)
-        return self._measure(read, weights, values, entering)
+            read = self._past(self.q, weights, entering)
+            if skip is not None:
+                read.addcmul_(self.v, skip.to(read).view(*read.shape[2:4], 1, 1))
+            self._write(y, read)
+        return self._measure(weights, entering) if measure else None
 
-    def _past(self, rows: Tensor, weights: Tensor, values: Tensor, entering: Tensor) -> Tensor:
+    def _past(self, rows: Tensor, weights: Tensor, entering: Tensor, strictly: bool = False) -> Tensor:
         """What each row vector reads from the entering state and from this chunk, (b c g h i v)."""
-        inside = ((rows @ self.k.transpose(-2, -1))[:, :, :, None] * weights) @ values
         across = (rows @ entering.flatten(4)).unflatten(-1, entering.shape[4:]).transpose(3, 4)
-        return inside.add_(across.mul_(self.run.to(self.w).exp()[..., None]))
+        past = torch.mul(across, self._decay()[..., None], out=across.new_empty(self.v.shape))
+        inside = (rows @ self.k.transpose(-2, -1))[:, :, :, None] * weights
+        if strictly:
+            inside.diagonal(dim1=-2, dim2=-1).zero_()
+        past.flatten(0, 3).baddbmm_(inside.flatten(0, 3), self.values.flatten(0, 3))
+        return past
 
-    def _measure(self, read: Tensor, weights: Tensor, values: Tensor, entering: Tensor) -> Steps:
-        """Turn what the keys read into the norm of every state."""
-        cross = (read * values).sum(-1)
-        write = self.k.norm(dim=-1)[:, :, :, None] * values.norm(dim=-1)
-        decay = self.run.to(self.w).exp()
-        norm_in = torch.linalg.vector_norm(entering, dim=(3, 5))[..., None]
-        energy = (decay * norm_in).square() + _accumulate(weights.square(), 2 * cross + write.square())
-        mean_written = self.k.mean(-1)[:, :, :, None] * values.mean(-1)
+    def _measure(self, weights: Tensor, entering: Tensor) -> Steps:
+        """Turn what the keys read into the norm of every state; overwrites the weights."""
+        cross = (self._past(self.k, weights, entering, strictly=True) * self.values).sum(-1)
+        write = self.k.norm(dim=-1)[:, :, :, None] * self.values.norm(dim=-1)
+        decay = self._decay()
+        mean_written = self.k.mean(-1)[:, :, :, None] * self.values.mean(-1)
         mean = decay * entering.mean((3, 5))[..., None] + _accumulate(weights, mean_written)
+        norm_in = entering.square().sum((3, 5)).sqrt()[..., None]
+        energy = (decay * norm_in).square() + _accumulate(weights.square_(), 2 * cross + write.square())
         norm = energy.clamp(min=0).sqrt()
         before = torch.cat([norm_in, norm[..., :-1]], -1) * self.log_decay.exp()
         scale = before * write
         overlap = torch.where(scale == 0, torch.zeros_like(scale), cross / scale).clamp(-1, 1)
         fields = (self.log_decay, write, norm, mean, overlap)
         return Steps(*(self._tokens(x[..., None])[..., 0] for x in fields))
+
+    def _decay(self) -> Tensor:
+        """Decay of the entering state up to every token."""
+        return _power(self.run, self.v)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Bring (b c g h i x) back to (batch, time, heads, x) and drop the padding."""
@@ -325,14 +332,19 @@ class _Chunks:
         """The state after one token, (batch, heads, key, value)."""
         c, i = divmod(token, self.k.shape[3])
         run = self.run[:, c]
-        remaining = (run[..., i : i + 1] - run[..., : i + 1]).to(self.w).exp() * self.w[:, c, ..., : i + 1]
+        remaining = _power(run[..., i : i + 1] - run[..., : i + 1], self.v)
         written = torch.einsum(
-            "bgik,bghi,bighv->bghkv", self.k[:, c, :, : i + 1], remaining, self.v[:, c, : i + 1]
+            "bgik,bghi,bghiv->bghkv", self.k[:, c, :, : i + 1], remaining, self.values[:, c, ..., : i + 1, :]
         )
-        kept = run[..., i].to(self.w).exp()[..., None, None] * entering[:, c].transpose(2, 3)
+        kept = _power(run[..., i], self.v)[..., None, None] * entering[:, c].transpose(2, 3)
         return (kept + written).flatten(1, 2)
+
+
+def _power(exponent: Tensor, like: Tensor) -> Tensor:
+    """Two to a power. What underflows takes torch's ``exp`` on a CPU up to a hundred times as long."""
+    return exponent.to(like.dtype).exp2()
 
 
 def _accumulate(weights: Tensor, amounts: Tensor) -> Tensor:
     """Sum amounts over the past, each with its decay."""
-    return (weights @ amounts[..., None])[..., 0]
+    return (weights * amounts[..., None, :]).sum(-1)

@@ -56,7 +56,7 @@ class Plan:
             window=self.watch.window,
             snapshots=self.watch.snapshots,
             probes=self.watch.probes,
-            shard=shard_tokens(row, self.segment),
+            shard=min(shard_tokens(row, self.segment), -(-tokens // self.watch.window) * self.watch.window),
             erases=self.anatomy.structure.endswith("delta rule"),
         )
 

@@ -183,8 +183,8 @@ def write_whole(
 ) -> None:
     """Write a record that is known whole, for a store that nobody else sees yet.
 
-    It is what :class:`RecordWriter` leaves, and takes a third of the time: all arrays are laid out and filled
-    side by side, with one turn of zarr's thread instead of one for every array.
+    It is what :class:`RecordWriter` leaves, and takes a third of the time: all arrays are laid out side by
+    side, then filled without a turn of zarr's thread for every chunk.
 
     Parameters
     ----------
@@ -198,7 +198,12 @@ def write_whole(
         Every variable, by ``group/variable``.
     """
     end = {**attributes, "committed": layout.tokens, "complete": True}
-    sync(_lay_out(store, layout, end, arrays, overwrite=True))
+    root = zarr.Group(sync(_lay_out(store, layout, end, {}, overwrite=True)))
+    laid_out, shards = dict(root.members(max_depth=1)), Shards()
+    for name, values in arrays.items():
+        array = laid_out[name]
+        assert isinstance(array, zarr.Array)
+        shards.write(array, [range(n) for n in array.shape], values)
 
 
 def _beside(place: Path) -> tuple[Path, Path]:

@@ -43,12 +43,12 @@ class Draft:
 
     @classmethod
     def of(cls, plan: Plan, text: Text, dumps: Dumps, folder: Path) -> Draft:
-        """Choose a place; ``folder`` goes with the worker.
+        """Choose a place for one that is :func:`too_large`; ``folder`` goes with the worker.
 
         A long text's place is its own, under a lock: if a worker that was given up for dead still reads it,
         it is read beside that one.
         """
-        if not dumps.remote and plan.ids.shape[1] > LONG * plan.commit_after(0):
+        if not dumps.remote and _is_long(plan):
             own = Path(dumps.address(DRAFTS)) / KEPT / Path(text.place).name
             own.mkdir(parents=True, exist_ok=True)
             lock = (own / "lock").open("w")
@@ -56,12 +56,13 @@ class Draft:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return cls(own / "record.zarr", lock)
             lock.close()
-        return cls(folder / f"{uuid4().hex}.zarr" if _size(plan) > IN_MEMORY else MemoryStore())
+        return cls(folder / f"{uuid4().hex}.zarr")
 
     def read(self, plan: Plan, about: Mapping[str, Any]) -> float:
         """Read the text as ``trace`` does; return the mean loss. What fails is not kept, but for OSErrors."""
         attributes = {**plan.attributes(), **about}
         try:
+            assert isinstance(self.store, Path)
             if self.lock is None:
                 _run(self.store, plan, attributes)
             else:
@@ -83,9 +84,7 @@ class Draft:
             self.lock.close()
 
 
-def _run(
-    store: MemoryStore | Path, plan: Plan, attributes: Mapping[str, Any], former: zarr.Group | None = None
-) -> None:
+def _run(store: Path, plan: Plan, attributes: Mapping[str, Any], former: zarr.Group | None = None) -> None:
     resumed = None if former is None else RecordWriter.resume(store, former, plan.layout)
 
     def open_writer() -> RecordWriter:
@@ -114,6 +113,15 @@ def mean(loss: NDArray[Any]) -> float:
     """Mean of what is known; NaN if nothing is."""
     known = loss[np.isfinite(loss)]
     return float(known.mean(dtype=np.float64)) if known.size else float("nan")
+
+
+def too_large(plan: Plan) -> bool:
+    """Whether a text is to be read into a folder; any other's record is written when it is whole."""
+    return _is_long(plan) or _size(plan) > IN_MEMORY
+
+
+def _is_long(plan: Plan) -> bool:
+    return int(plan.ids.shape[1]) > LONG * plan.commit_after(0)
 
 
 def _size(plan: Plan) -> int:

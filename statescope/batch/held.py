@@ -2,50 +2,49 @@
 
 Texts of all lengths leave the C library's heap in pieces that it keeps: a worker that uses 500 MB may hold
 three times that after some hundred texts. To hand every piece back at once, as Dask has its workers do, takes
-as long as the reading; to ask for it now and then takes a tenth of a second.
+as long as the reading; to ask for it after each piece of work takes some hundredths of a second. In between
+the heap keeps what it has: else its end, clear once it was asked, would go and come with every tensor.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
 from functools import cache
+from typing import Any
 
-SLACK = 1.3
-"""Memory, over the least so far, from which on what lies idle is handed back."""
+MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 32 * 2**20), (-1, 2**30)
+"""glibc's parameters, and their values: the largest it takes for what is mapped by itself, in bytes; and what
+may lie idle at the end of the heap."""
 
 
-class Held:
-    """Follows the memory of this process.
+def resident() -> int:
+    """Return the bytes that this process holds."""
+    return int(_process().memory_info().rss)
 
-    Parameters
-    ----------
-    resident : callable
-        Says how much it holds, in bytes.
-    hand_back : callable
-        Has the C library hand back what lies idle.
-    """
 
-    def __init__(self, resident: Callable[[], int], hand_back: Callable[[], object]) -> None:
-        self._resident, self._hand_back, self._least = resident, hand_back, 0
+def keep() -> None:
+    """Have the C library keep what is freed until :func:`hand_back`, where it can."""
+    _glibc()
 
-    def now(self) -> int:
-        """Return the bytes that are held, after handing back what lies idle if they have become many."""
-        found = self._resident()
-        if found > SLACK * self._least:
-            self._hand_back()
-            found = self._resident()
-            self._least = found  # what is used may have grown
-        self._least = min(self._least, found)
-        return found
+
+def hand_back() -> None:
+    """Have the C library hand back what lies idle, where it can."""
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
 
 
 @cache
-def of_this_process() -> Held:
-    """Return the one that follows this process."""
+def _process() -> Any:
     import psutil
 
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    resident = psutil.Process().memory_info
-    return Held(lambda: int(resident().rss), (lambda: trim(0)) if trim is not None else lambda: None)
+    return psutil.Process()
+
+
+@cache
+def _glibc() -> Any:
+    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        return None
+    for parameter, value in (MMAP_THRESHOLD, TRIM_THRESHOLD):
+        library.mallopt(parameter, value)
+    return library

@@ -23,7 +23,7 @@ from torch import nn
 from zarr.storage import MemoryStore
 
 from statescope.batch import held
-from statescope.batch.drafts import Draft, mean
+from statescope.batch.drafts import Draft, mean, too_large
 from statescope.batch.manifest import Outcome
 from statescope.batch.places import TEXTS, Dumps, drafts, without_secrets
 from statescope.batch.settings import Facts, Settings, Text
@@ -108,6 +108,7 @@ def work(texts: Sequence[Text], settings: Settings, facts: Facts, dumps: Dumps, 
     model, name, weights = _loaded(settings.model, settings.device, settings.dtype)
     if weights != facts.weights:
         raise ValueError(f"model={settings.model!r} has other weights on this worker than on the first one")
+    held.keep()
     outcomes, plans = [], []
     for text in texts:
         try:
@@ -130,6 +131,7 @@ def work(texts: Sequence[Text], settings: Settings, facts: Facts, dumps: Dumps, 
     except OSError as error:
         known = {outcome.id for outcome in outcomes}
         outcomes += [Outcome(t.id, "unplaced", _reason(error)) for t in texts if t.id not in known]
+    held.hand_back()
     return outcomes
 
 
@@ -184,16 +186,17 @@ def _read(
     """
     began = time.perf_counter()
     try:
-        if len(group) == 1:
+        if len(group) == 1 and too_large(group[0][1]):
             text, plan = group[0]
             draft = Draft.of(plan, text, dumps, folder)
             loss = draft.read(plan, _about(text, 1, about))
             return [later(text, plan, lambda: (draft, loss), time.perf_counter() - began, 1)]
-        records = _together([plan for _, plan in group])
+        records, first_nonfinite = _together([plan for _, plan in group])
         seconds = (time.perf_counter() - began) / len(group)
         placed, together = [], len(group)
         for (text, plan), arrays in zip(group, records, strict=True):
-            drafted = partial(_drafted, plan, arrays, _about(text, together, about))
+            more = {"first_nonfinite": first_nonfinite, **_about(text, together, about)}
+            drafted = partial(_drafted, plan, arrays, more)
             placed.append(later(text, plan, drafted, seconds, together))
         return placed
     except OSError as error:
@@ -214,25 +217,31 @@ def _about(text: Text, together: int, more: Mapping[str, str]) -> dict[str, Any]
     return {"text_id": text.id, "text_sha256": text.sha256, "texts_together": together, **more}
 
 
-def _together(plans: Sequence[Plan]) -> list[dict[str, NDArray[Any]]]:
-    """Read texts in one forward pass; take the arrays of each, by ``group/variable``.
+def _together(plans: Sequence[Plan]) -> tuple[list[dict[str, NDArray[Any]]], Any]:
+    """Read texts in one pass, or one as ``trace`` does; take the arrays of each, and what is not finite.
 
     Raises
     ------
     FloatingPointError
-        If a value is not finite: read alone, a text's record says where.
+        If a value is not finite in texts read together: read alone, a text's record says where.
     """
+    joint = plans[0] if len(plans) == 1 else _joint(plans)
+    memory = MemoryRecord(joint.layout, joint.attributes(), joint.ids.numpy())
+    first_nonfinite = run(joint, lambda: memory, progress=False)["first_nonfinite"]
+    if first_nonfinite and len(plans) > 1:
+        raise FloatingPointError("a value is not finite")
+    return [memory.of_one(i, plan.layout) for i, plan in enumerate(plans)], first_nonfinite
+
+
+def _joint(plans: Sequence[Plan]) -> Plan:
+    """Put texts into rows of one pass, padded on the right."""
     lengths = tuple(_length(plan) for plan in plans)
     longest = max(plans, key=_length)
     width = _width(lengths, next(longest.model.parameters()).device)
     window, ids = longest.watch.window, torch.zeros(len(plans), width, dtype=torch.int64)
     for row, plan in zip(ids, plans, strict=True):
         row[: _length(plan)] = plan.ids[0]
-    joint = replace(longest, ids=ids, segment=-(-width // window) * window, lengths=lengths)
-    memory = MemoryRecord(joint.layout, joint.attributes(), ids.numpy())
-    if run(joint, lambda: memory, progress=False)["first_nonfinite"]:
-        raise FloatingPointError("a value is not finite")
-    return [memory.of_one(i, plan.layout) for i, plan in enumerate(plans)]
+    return replace(longest, ids=ids, segment=-(-width // window) * window, lengths=lengths)
 
 
 def _width(lengths: Sequence[int], device: torch.device) -> int:
@@ -262,9 +271,7 @@ def _place(
     except Exception as error:  # of whatever kind a file system's are
         return Outcome(text.id, "unplaced", _reason(error))
     known = None if np.isnan(loss) else loss
-    return Outcome(
-        text.id, "done", None, _length(plan), known, seconds, size, together, held.of_this_process().now()
-    )
+    return Outcome(text.id, "done", None, _length(plan), known, seconds, size, together, held.resident())
 
 
 def _failed(text: Text, error: Exception) -> Outcome:

@@ -1,14 +1,19 @@
-"""Many texts: ``statescope batch`` on 1, 2, ... all workers, then a plain loop over ``trace``."""
+"""Many texts: ``statescope batch`` on 1, 2, ... all workers, and a plain loop over ``trace``.
+
+On a CPU they take turns, and there is a second loop, held to one core: the first has all cores by the threads
+of torch.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sqlite3
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +35,14 @@ from statescope.experiments.bench.timing import is_gpu
 from statescope.models import as_dtype, load
 from statescope.tracing import trace
 
-LENGTHS = {"cpu": (200, 2000), "cuda": (200, 20_000)}
-"""Tokens of the shortest and the longest text, by device; in between they are spread evenly in their log."""
+LENGTHS = (200, 20_000)
+"""Tokens of the shortest and the longest text; in between they are spread evenly in their log."""
 
 LOOPED = 128
 """Texts that the loop reads at most; they are in no order."""
+
+Contestant = tuple[int, int | None]
+"""Workers, or none for a loop; the cores that a loop is held to, or None for all."""
 
 WARM = 8
 """Texts read beforehand, by the loop and by each worker, from the shortest to the longest."""
@@ -56,19 +64,47 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
             yield about | {"skipped": str(lost)}
             return
         given |= {"model": model, "window": about["window"]}
-        rates: dict[int, float] = {}
-        for number in (*_numbers(), 0):
-            try:
-                entry = apart.call(f"{__name__}.{'many' if number else 'loop'}", **given, workers=number)
-            except Lost as lost:
-                yield about | {"skipped": str(lost), "workers": number}
-                continue
-            rates[number] = entry["tokens_per_s"]
-            if number > 1 and 1 in rates:
-                entry["over_one_worker"] = rates[number] / rates[1]
-            if not number:
-                entry["workers_over_loop"] = {str(n): rate / rates[0] for n, rate in rates.items() if n}
-            yield about | {"workers": number} | entry
+        found: dict[Contestant, list[dict[str, Any]]] = {one: [] for one in _contestants(settings.gpu)}
+        # On a GPU workers take a minute to start. The last round begins with them: loops need their rates.
+        for left in reversed(range(1 if settings.gpu else settings.rounds)):
+            for workers, cores in [*found][:: -1 if left % 2 else 1]:
+                job = f"{__name__}.{'many' if workers else 'loop'}"
+                try:
+                    entry = apart.call(
+                        job, **given, **({"workers": workers} if workers else {"cores": cores})
+                    )
+                except Lost as lost:
+                    entry = {"skipped": str(lost)}
+                found[workers, cores].append(entry)
+                if not left:
+                    yield about | {"workers": workers} | _joined((workers, cores), found)
+
+
+def _contestants(gpu: bool) -> list[Contestant]:
+    held = [] if gpu or not hasattr(os, "sched_setaffinity") else [(0, 1)]
+    return [*((n, None) for n in _numbers()), (0, None), *held]
+
+
+def _joined(one: Contestant, found: dict[Contestant, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Take the round in the middle of one contestant's, with the rates of all and their ratios to others."""
+    rounds, (workers, cores) = found[one], one
+    known = sorted((r for r in rounds if "skipped" not in r), key=lambda r: r["tokens_per_s"])
+    if len(known) < len(rounds):
+        return next(r for r in rounds if "skipped" in r)
+    entry = known[len(known) // 2] | {"tokens_per_s_of_rounds": [r["tokens_per_s"] for r in rounds]}
+
+    def over(other: Contestant, this: Contestant) -> list[float]:
+        pairs = zip(found[other], found[this], strict=True)
+        return [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs if "skipped" not in {**a, **b}]
+
+    if workers > 1 and (ratios := over(one, (1, None))):
+        entry["over_one_worker"] = statistics.median(ratios)
+    if not workers:
+        entry["cores"] = cores
+        entry["workers_over_loop_of_rounds"] = {str(n): over((n, c), one) for n, c in found if n}
+        of_all = entry["workers_over_loop_of_rounds"].items()
+        entry["workers_over_loop"] = {n: statistics.median(ratios) for n, ratios in of_all if ratios}
+    return entry
 
 
 def describe(entry: dict[str, Any]) -> Iterator[str]:
@@ -76,12 +112,15 @@ def describe(entry: dict[str, Any]) -> Iterator[str]:
     workers = entry.get("workers", 0)
     title = f"batch, {entry['model']}, {entry['texts']} texts, window={entry['window']}, "
     title += f"{workers} workers" if workers else f"{entry.get('texts_read', 0)} in a loop over trace"
+    title += " on one core" if entry.get("cores") else ""
     if "skipped" in entry:
         yield f"{title}: skipped: {entry['skipped']}"
         return
     more = f", {entry['over_one_worker']:.2f} of one worker" if "over_one_worker" in entry else ""
     for number, ratio in entry.get("workers_over_loop", {}).items():
+        rounds = entry["workers_over_loop_of_rounds"][number]
         more += f"; {number} workers: {ratio:.2f} of it"
+        more += f" ({min(rounds):.2f} to {max(rounds):.2f})" if len(rounds) > 1 else ""
     if workers:
         more += f"; {entry['start_seconds']:.0f} s to start; memory of a worker, last quarter over first:"
         more += f" {entry['memory_growth']:.3f}"
@@ -96,7 +135,7 @@ def _numbers() -> list[int]:
 
 def draw(model: str, device: str, dtype: str, folder: str, texts: int) -> str:
     """Write the texts, and the weights of a shape; return what to call the model."""
-    short, long = LENGTHS["cuda" if is_gpu(device) else "cpu"]
+    short, long = LENGTHS
     place = Path(folder)
     stage(f"draw {model} and {texts} texts of {short:,} to {long:,} tokens")
     if model in SHAPES:
@@ -115,9 +154,14 @@ def draw(model: str, device: str, dtype: str, folder: str, texts: int) -> str:
 
 
 def loop(
-    model: str, device: str, dtype: str, folder: str, texts: int, window: int, workers: int
+    model: str, device: str, dtype: str, folder: str, texts: int, window: int, cores: int | None
 ) -> dict[str, Any]:
     """Trace one text after the other to disk, as a user would, once everything is loaded and built."""
+    with _held_to(cores):
+        return _loop(model, device, dtype, folder, window)
+
+
+def _loop(model: str, device: str, dtype: str, folder: str, window: int) -> dict[str, Any]:
     stage("loop: load the model and read a few texts")
     live = load(model, device=device, dtype=dtype)
     rows = [row["text"] for row in _read(folder)][:LOOPED]
@@ -134,7 +178,29 @@ def loop(
     del live
     if is_gpu(device):
         torch.cuda.empty_cache()
-    return {"texts_read": len(rows), "processor_seconds": processor} | _rates(rows, seconds)
+    about = {"texts_read": len(rows), "threads": torch.get_num_threads(), "processor_seconds": processor}
+    return about | _rates(rows, seconds)
+
+
+@contextmanager
+def _held_to(cores: int | None) -> Iterator[None]:
+    """Hold this process to some cores, all its threads of now and those to come; None leaves it as it is."""
+    if cores is None:
+        yield
+        return
+    threads, allowed = torch.get_num_threads(), os.sched_getaffinity(0)
+
+    def hold(which: Iterable[int]) -> None:
+        for task in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(task.name), which)
+
+    try:
+        torch.set_num_threads(cores)
+        hold(sorted(allowed)[:cores])
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        hold(allowed)
 
 
 def many(

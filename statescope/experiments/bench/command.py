@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def run(settings: Settings, output: Path, say: Callable[[str], None]) -> dict[st
     dict
         A list of entries for each part; ``failed`` names parts that broke off and kernels that were wrong.
     """
-    threads = f"CPU, {torch.get_num_threads()} threads"
+    threads = f"{_processor()}, {torch.get_num_threads()} threads"
     result: dict[str, Any] = {
         "command": settings.command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,6 +69,15 @@ def run(settings: Settings, output: Path, say: Callable[[str], None]) -> dict[st
             save(result, output)
             say(f"{part} broke off: {reason(error)}")
     return result
+
+
+def _processor() -> str:
+    """Name the processor, as the system knows it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"CPU, {line.split(':', 1)[1].strip()}"
+    return "CPU"
 
 
 def save(result: dict[str, Any], path: Path) -> None:
