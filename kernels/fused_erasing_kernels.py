@@ -113,14 +113,6 @@ def _marked(x):
 
 
 @triton.jit
-def _sums_before(x, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums of all rows before each in its half; x is finite. Nothing is taken away again afterwards."""
-    rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    ones = (rows > columns) & (rows // (L // 2) == columns // (L // 2))
-    return _first_exact(ones.to(tl.float32), x, tl.zeros_like(x), SPLIT, PRECISION)
-
-
-@triton.jit
 def _first_exact(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Add a product of what feeds back, of which the first loses nothing in bfloat16."""
     if SPLIT:
