@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -177,6 +178,13 @@ def test_the_bundled_one_that_forgets_is_the_one_that_the_rule_chose() -> None:
     """Of all runs trained for it, none with an overloaded head in any text recalls more; nor has it one."""
     path = Path(__file__).parents[1] / "notebooks" / "results" / "h200-checkpoints.json"
     runs = json.loads(path.read_text())["runs"]
+    table = lzma.decompress(path.with_name("h200-lab-forgetting.jsonl.xz").read_bytes()).decode()
+    rows = {row["run"]: row for row in map(json.loads, table.splitlines()) if "run" in row}
+    for claimed in runs:
+        row = rows[claimed["run"]]
+        assert claimed["command"] == row["made"]["command"] and row["made"]["device"].startswith("NVIDIA")
+        assert claimed["passkeys"] == [sum(right) for right in row["passkeys"]["right"]]
+        assert {k: row["config"][k] for k in ("layers", "state_size", "seed")}.items() <= claimed.items()
     passed = [len(runs)]
     left = runs
     for text in ("held-out books", "book text", "filler"):
