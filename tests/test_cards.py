@@ -178,7 +178,7 @@ def test_the_bundled_one_that_forgets_is_the_one_that_the_rule_chose() -> None:
     """Of all runs trained for it, none with an overloaded head in any text recalls more; nor has it one."""
     path = Path(__file__).parents[1] / "notebooks" / "results" / "h200-checkpoints.json"
     runs = json.loads(path.read_text())["runs"]
-    table = lzma.decompress(path.with_name("h200-lab-forgetting.jsonl.xz").read_bytes()).decode()
+    table = lzma.decompress(path.with_name("h200-checkpoints.jsonl.xz").read_bytes()).decode()
     rows = {row["run"]: row for row in map(json.loads, table.splitlines()) if "run" in row}
     for claimed in runs:
         row = rows[claimed["run"]]
