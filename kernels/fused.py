@@ -38,7 +38,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from . import fused_entries, fused_erasing
+from . import fused_entries, fused_erasing, fused_keyed
 from .interface import ScanOutput, Steps
 from .rates import Rated
 from .rows import by_rows
@@ -115,7 +115,9 @@ def scan(
                 r = recurrence.replace(q=q, k=k, v=v, log_decay=g)
                 return fused_entries.scan(r, outputs, measure, positions)
             modern = _interpreted() or _bulk_copies(recurrence.v)
-            return fused_erasing.scan(recurrence, q, k, v, outputs, measure, positions, modern)
+            keyed = not recurrence.scalar_decay or (recurrence.erases and not recurrence.delta_rule)
+            other = fused_keyed if keyed else fused_erasing
+            return other.scan(recurrence, q, k, v, outputs, measure, positions, modern)
         return _Scan(recurrence, outputs, measure).run(positions)
 
 

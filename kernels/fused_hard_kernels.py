@@ -1,31 +1,29 @@
-"""The device code of :mod:`statescope.kernels.fused_erasing` for hard chunks; importing it needs triton.
+"""The device code of :mod:`statescope.kernels.fused_keyed` for hard chunks; importing it needs triton.
 
-A chunk is hard where some key forgets too much for one factor for each row, or something is not finite
-(:func:`statescope.kernels.fused_erasing_kernels.prepare`). Here rows are related part by part, and within a
-part pair by pair where even that is too much, and a NaN reaches no earlier row.
+A chunk is hard where some key forgets too much for two factors for each row, or something is not finite
+(:func:`statescope.kernels.fused_keyed_kernels.relate`). Here rows are related part by part, and within a part
+pair by pair where even that is too much, and a NaN reaches no earlier row.
 """
 
 import triton
 import triton.language as tl
 
-from .fused_erasing_kernels import (
+from .fused_tiles import (
     RANGE,
     SIZES,
     _along,
-    _by_halves,
     _decays_of_keys,
     _dot,
     _exact,
     _finite,
     _halfway,
     _halves,
-    _inverted,
-    _marked,
+    _keys,
     _put,
     _split,
+    _store,
     _tokens,
-    _too_far,
-    _unknown,
+    _within,
     _written_keys,
 )
 
@@ -69,194 +67,125 @@ def _place(item, CHUNKS, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _relate(
-    q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
-    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, hard,
+def _relate_part(
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
+    b, b_b, b_t, b_h, a, a_b, a_t, a_h, remaining, kept, through, asked, system, seen,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
+    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, OUTPUTS: tl.constexpr,
     chunk, begin, head, batch,
 ):  # fmt: skip
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
     first = chunk * (L // 2) if PAIRS else chunk * L
+    row = (batch * HEADS + head) * PADDED + chunk * L
     k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
     q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
     a += batch * a_b + first * a_t + head * a_h
     b += batch * b_b + first * b_t + head * b_h
     log_decay += batch * g_b + first * g_t + head * g_h
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
+    remaining += row * KEY
+    through += row * KEY
+    asked += row * KEY
+    system += row * L
+    seen += row * L
     own = begin + tl.arange(0, PART)
-    tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
+    tokens, decays, ends = _tokens(rows, left, PAIRS)
     own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+    past = rows < begin + PART
+    weight = tl.full((PART,), 1.0, tl.float32)
+    if HAS_SCALE:
+        scale += batch * w_b + first * w_t + head * w_h
+        weight = tl.load(scale + own_tokens * w_t, mask=own_ends, other=0.0).to(tl.float32)
     erased = tl.zeros((PART, L), tl.float32)
     read_of = tl.zeros((PART, L), tl.float32)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
-        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-        early = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-        own_g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY)
-        halfway, total = _halfway(_finite(own_g)[0], PART)
-        far, middle = _too_far(halfway, total), 0.5 * total
+        at_rows = own[:, None] * KEY + keys[None, :]
+        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY, BS)
+        spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
+        coming = tl.sum(tl.where(past[:, None], 0.0, _finite(g)[0]), 0)[None, :]
+        total = tl.sum(_finite(g)[0], 0)[None, :] + spoilt
+        tl.store(
+            kept + ((batch * HEADS + head) * CHUNKS + chunk) * KEY + keys, tl.sum(total, 0), mask=keys < KEY
+        )
+        g = tl.where(past[:, None], g, 0.0)
+        entered = tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :]
+        early = _written_keys(k, k_t, a, a_t, tokens, decays & past, ends & past, keys, KEY, BS, PAIRS)
+        own_g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY, BS)
+        known = _finite(own_g)[0]
+        halfway, of_part = _halfway(known, PART)
+        far, middle = tl.min(_within(halfway, of_part, RANGE)) == 0, 0.5 * of_part
         middle = tl.where(far, 0.0, middle)
         early *= _early(g, rows, begin, middle)
-        g = own_g
-        kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
-        local = tl.cumsum(g, 0)
+        kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, BS, PAIRS)
+        local = tl.cumsum(own_g, 0)
+        stays = coming + (tl.cumsum(known, 0, reverse=True) - known)
+        leaves = kt * tl.exp2(stays) + spoilt
+        if not ERASES:
+            leaves *= weight[:, None]
+        leaves, leaves_low = _split(leaves, SPLIT)
+        _put(leaves, leaves_low, remaining + at_rows, plane, keys, KEY, BS, SPLIT)
         if far:
             early = tl.where((rows < begin)[:, None], early, 0.0)
         if ERASES:
             xt, at = kt, local
             if PAIRS:
-                asked = own_decays[:, None] & (keys < KEY)[None, :]
-                xt = tl.load(b + own_tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0)
-                xt, at = xt.to(tl.float32), local - g
+                xt = _keys(b, b_t, own_tokens, own_decays, keys, KEY, BS).to(tl.float32)
+                at = local - own_g
             erased = _exact(xt * _factor(at - middle), tl.trans(early), erased, SPLIT, PRECISION)
             if far:
                 erased += _one_by_one(xt, at, kt, local, begin, rows, PART)
+            x = _finite(xt)[0] * tl.exp2(_finite(entered + at)[0])
+            x, x_low = _split(x, SPLIT)
+            _put(x, x_low, through + at_rows, plane, keys, KEY, BS, SPLIT)
         if OUTPUTS:
-            asked = own_ends[:, None] & (keys < KEY)[None, :]
-            qt = tl.load(q + own_tokens[:, None] * q_t + keys[None, :], mask=asked, other=0.0)
-            qt = qt.to(tl.float32)
+            qt = _keys(q, q_t, own_tokens, own_ends, keys, KEY, BS).to(tl.float32)
             read_of = _dot(qt * _factor(local - middle), tl.trans(early), read_of, SPLIT, PRECISION)
             if far:
                 read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)
-    past = own[:, None] >= rows[None, :]
-    at = (((batch * HEADS + head) * PADDED + chunk * L) + own)[:, None] * L + rows[None, :]
+            qt *= tl.exp2(entered + local)
+            _store(asked + at_rows, qt.to(asked.dtype.element_ty), keys, KEY, BS)
+    related = own[:, None] >= rows[None, :]
+    at = own[:, None] * L + rows[None, :]
     if ERASES:
-        tl.store(system + at, tl.where(past, erased, 0.0))
+        tl.store(system + at, tl.where(related, erased, 0.0))
     if OUTPUTS:
-        tl.store(seen + at, tl.where(past, read_of, 0.0).to(seen.dtype.element_ty))
+        tl.store(seen + at, tl.where(related, read_of, 0.0).to(seen.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=SIZES)
-def relate(
-    q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k,
-    b, b_b, b_t, b_h, a, a_b, a_t, a_h, system, seen, hard,
+def relate_parts(
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
+    b, b_b, b_t, b_h, a, a_b, a_t, a_h, remaining, kept, through, asked, system, seen, listed,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, OUTPUTS: tl.constexpr,
+    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    r"""Relate the rows of hard chunks: what they erase, and what queries read, of earlier writes.
+    """Find what ``relate`` does of other chunks. Grid: any number of programs.
 
-    ``system`` and ``seen`` are (batch, head, row, earlier row), :math:`\sum_k e^{at_t - run_j} x_t k_j` for
-    :math:`j \le t`, where x is what erases (:func:`prepare`), or the query. The decay between two rows is
-    split where the later one's part begins, and what a key forgets too much for within a part is found pair
-    by pair. Grid: any number of programs.
+    The decay between two rows is split where the later one's part begins, and what a key forgets too much
+    for within a part is found pair by pair.
     """
     parts: tl.constexpr = L // PART
-    for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS * parts, tl.num_programs(0)):
-        if tl.load(hard + item // parts) != 0:
-            chunk, head, batch = _place(item // parts, CHUNKS, HEADS)
-            begin = item % parts * PART
-            _relate(
-                q, q_b, q_t, q_g, k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, g_k, b, b_b, b_t, b_h, a, a_b,
-                a_t, a_h, system, seen, hard, ROWS, PADDED, CHUNKS, BATCH, HEADS, GROUPS, KEY, L, PART, BS,
-                PRECISION, SPLIT, PAIRS, ERASES, OUTPUTS, chunk, begin, head, batch,
-            )  # fmt: skip
+    for item in range(tl.program_id(0), tl.load(listed) * parts, tl.num_programs(0)):
+        chunk, head, batch = _place(tl.load(listed + 1 + item // parts), CHUNKS, HEADS)
+        begin = item % parts * PART
+        _relate_part(
+            q, q_b, q_t, q_g, k, k_b, k_t, k_g, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k, b, b_b,
+            b_t, b_h, a, a_b, a_t, a_h, remaining, kept, through, asked, system, seen, ROWS, PADDED, CHUNKS,
+            BATCH, HEADS, GROUPS, KEY, L, PART, BS, PRECISION, SPLIT, PAIRS, ERASES, HAS_SCALE, OUTPUTS,
+            chunk, begin, head, batch,
+        )  # fmt: skip
 
 
 @triton.jit
-def _solve(
-    k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
-    b, b_b, b_t, b_h, a, a_b, a_t, a_h,
-    system, remaining, kept, through, values, hard,
-    ROWS, PADDED, CHUNKS, BATCH,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
-    chunk, head, batch,
-):  # fmt: skip
-    of_chunk = (batch * HEADS + head) * CHUNKS + chunk
-    rows = tl.arange(0, L)
-    tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    row = (batch * HEADS + head) * PADDED + chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    v += batch * v_b + first * v_t + head * v_h
-    a += batch * a_b + first * a_t + head * a_h
-    b += batch * b_b + first * b_t + head * b_h
-    log_decay += batch * g_b + first * g_t + head * g_h
-    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
-    weight = tl.full((L,), 1.0, tl.float32)
-    if HAS_SCALE:
-        scale += batch * w_b + first * w_t + head * w_h
-        weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
-    rate = tl.full((L,), 1.0, tl.float32)
-    inverse, inverse_low = rate, rate
-    if ERASES:
-        if not PAIRS:
-            rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
-        system = tl.load(system + (row + rows)[:, None] * L + rows[None, :])
-        down, across = _unknown(L, ROWS, PADDED)
-        inverse = _inverted(system, rate, down, across, L, SPLIT, PRECISION)
-        inverse, inverse_low = _split(inverse, SPLIT)
-    for start in range(0, KEY, BS):
-        keys = start + tl.arange(0, BS)
-        inside = (keys < KEY)[None, :] & (rows < L)[:, None]
-        of_rows = (row + rows)[:, None] * KEY + keys[None, :]
-        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS)
-        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY)
-        spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
-        g = _finite(g)[0]
-        left = kt * tl.exp2(tl.cumsum(g, 0, reverse=True) - g) + spoilt
-        if not ERASES:
-            left *= weight[:, None]
-        left, left_low = _split(left, SPLIT)
-        _put(left, left_low, remaining + of_rows, plane, inside, SPLIT)
-        total = tl.sum(g, 0)[None, :] + spoilt
-        tl.store(kept + of_chunk * KEY + keys, tl.sum(total, 0), mask=keys < KEY)
-        if ERASES:
-            xt = kt * rate[:, None]
-            before = tl.cumsum(g, 0)
-            if PAIRS:
-                asked = decays[:, None] & (keys < KEY)[None, :]
-                xt = tl.load(b + tokens[:, None] * b_t + keys[None, :], mask=asked, other=0.0).to(tl.float32)
-                before -= g
-            xt, xt_low = _split(_finite(xt)[0] * tl.exp2(before), SPLIT)
-            found = tl.zeros((L, BS), tl.float32)
-            found = _by_halves(inverse, inverse_low, xt, xt_low, found, SPLIT, PRECISION)
-            found, found_low = _split(found, SPLIT)
-            _put(found, found_low, through + of_rows, plane, inside, SPLIT)
-    if ERASES:
-        for start in range(0, VALUE, BV):
-            columns = start + tl.arange(0, BV)
-            shown = ends[:, None] & (columns < VALUE)[None, :]
-            u = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
-            u, bad_from = _marked(u * weight[:, None])
-            u, u_low = _split(u, SPLIT)
-            u = _by_halves(inverse, inverse_low, u, u_low, bad_from, SPLIT, PRECISION)
-            own_values = (columns < VALUE)[None, :] & (rows < L)[:, None]
-            tl.store(values + (row + rows[:, None]) * VALUE + columns[None, :], u, mask=own_values)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def solve(
-    k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
-    b, b_b, b_t, b_h, a, a_b, a_t, a_h,
-    system, remaining, kept, through, values, hard,
-    ROWS, PADDED, CHUNKS, BATCH,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr
-):  # fmt: skip
-    """Find what ``prepare`` does of others, from what :func:`relate` found. Grid: any number of programs."""
-    for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS, tl.num_programs(0)):
-        if tl.load(hard + item) != 0:
-            chunk, head, batch = _place(item, CHUNKS, HEADS)
-            _solve(
-                k, k_b, k_t, k_g, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k, b,
-                b_b, b_t, b_h, a, a_b, a_t, a_h, system, remaining, kept, through, values, hard, ROWS,
-                PADDED, CHUNKS, BATCH, HEADS, GROUPS, KEY, VALUE, L, BS, BV, PRECISION, SPLIT, PAIRS, ERASES,
-                HAS_SCALE, chunk, head, batch,
-            )  # fmt: skip
-
-
-@triton.jit
-def _measure_parts(
+def _measure_part(
     k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
-    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found,
+    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, found,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
@@ -274,6 +203,7 @@ def _measure_parts(
     log_decay += batch * g_b + first * g_t + head * g_h
     u += batch * u_b + chunk * L * u_t + head * u_h
     states += (own_head * CHUNKS + chunk) * (KEY * VALUE)
+    gained += (own_head * PADDED + chunk * L) * KEY
     field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
     if HAS_SCALE:
         scale += batch * w_b + first * w_t + head * w_h
@@ -324,8 +254,8 @@ def _measure_parts(
     crossed = tl.zeros((PART, 1), tl.float32)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
-        g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY))[0]
-        early = _finite(_written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, PAIRS))[0]
+        g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY, BS))[0]
+        early = _finite(_written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, BS, PAIRS))[0]
         stored = tl.zeros((PART, BS), tl.float32)
         for block in range(0, VALUE, BV):
             columns = block + tl.arange(0, BV)
@@ -337,14 +267,14 @@ def _measure_parts(
             inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
             state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
             stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
-        own_g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY))[0]
+        own_g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY, BS))[0]
         local = tl.cumsum(own_g, 0)
         halfway, all_of = _halfway(own_g, PART)
-        far, middle = _too_far(halfway, all_of), 0.5 * all_of
+        far, middle = tl.min(_within(halfway, all_of, RANGE)) == 0, 0.5 * all_of
         middle = tl.where(far, 0.0, middle)
         early *= _early(g, rows, begin, middle)
         entered = tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
-        kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, PAIRS)
+        kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, BS, PAIRS)
         if far:
             early = tl.where((rows < begin)[:, None], early, 0.0)
         stored *= entered * tl.exp2(local)
@@ -366,8 +296,7 @@ def _measure_parts(
             pair = kt * pair.to(tl.float32)
             pair_products += _along(pair)
             energy += 2 * pair * beside
-        at = (own_head * PADDED + chunk * L + own)[:, None] * KEY + keys[None, :]
-        tl.store(gained + at, energy, mask=(keys < KEY)[None, :] & (own < L)[:, None])
+        _store(gained + own[:, None] * KEY + keys[None, :], energy, keys, KEY, BS)
     here = (own < left)[:, None]
     at = (batch * ROWS + chunk * L + own)[:, None] * HEADS + head
     tl.store(found + field + at, key_squares * squares, mask=here)
@@ -384,7 +313,7 @@ def _measure_parts(
 @triton.jit(do_not_specialize=SIZES)
 def measure_parts(
     k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h,
-    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found,
+    log_decay, g_b, g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, listed, found,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
@@ -393,13 +322,12 @@ def measure_parts(
 ):  # fmt: skip
     """What ``measure`` finds of other chunks. Grid: any number of programs."""
     parts: tl.constexpr = L // PART
-    for item in range(tl.program_id(0), BATCH * HEADS * CHUNKS * parts, tl.num_programs(0)):
-        if tl.load(hard + item // parts) != 0:
-            chunk, head, batch = _place(item // parts, CHUNKS, HEADS)
-            begin = item % parts * PART
-            _measure_parts(
-                k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b,
-                g_t, g_h, g_k, a, a_b, a_t, a_h, states, gained, hard, found, ROWS, PADDED, CHUNKS, BATCH,
-                HEADS, GROUPS, KEY, VALUE, L, PART, BS, BV, SPLIT, PRECISION, PAIRS, DELTA, ERASES,
-                HAS_SCALE, chunk, begin, head, batch,
-            )  # fmt: skip
+    for item in range(tl.program_id(0), tl.load(listed) * parts, tl.num_programs(0)):
+        chunk, head, batch = _place(tl.load(listed + 1 + item // parts), CHUNKS, HEADS)
+        begin = item % parts * PART
+        _measure_part(
+            k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t,
+            g_h, g_k, a, a_b, a_t, a_h, states, gained, found, ROWS, PADDED, CHUNKS, BATCH, HEADS, GROUPS,
+            KEY, VALUE, L, PART, BS, BV, SPLIT, PRECISION, PAIRS, DELTA, ERASES, HAS_SCALE, chunk, begin,
+            head, batch,
+        )  # fmt: skip

@@ -27,6 +27,8 @@ from statescope.kernels import (
     fused_erasing_kernels,
     fused_hard_kernels,
     fused_kernels,
+    fused_keyed,
+    fused_keyed_kernels,
     loss_kernels,
     window_kernels,
 )
@@ -42,7 +44,7 @@ INTEGERS = {
     "BATCH": "i32",
     "ROWS": "i32",
 }
-MADE = ("remaining", "through", "states", "seen")
+MADE = ("remaining", "through", "asked", "states", "seen")
 """Buffers in the inputs' dtype."""
 
 STRUCTURES = {
@@ -76,9 +78,8 @@ def source(
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
-            kinds = {"spoiled": "*i32", "hard": "*i32", "slots": "*i32", "ends": "*i64"} | dict.fromkeys(
-                (*shapes, *made), f"*{dtype}"
-            )
+            kinds = dict.fromkeys(("spoiled", "hard", "listed", "slots"), "*i32") | {"ends": "*i64"}
+            kinds |= dict.fromkeys((*shapes, *made), f"*{dtype}")
             signature[argument] = kinds.get(argument, "*fp32")
             attributes[i,] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -105,7 +106,8 @@ def usage(compiled: Any, backend: str) -> dict[str, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     found = {"registers": int(registers), "shared": compiled.metadata.shared, "spilled": int(stack)}
-    return found | {"known": known_operands(compiled.asm["ptx"])}
+    ptx = compiled.asm["ptx"]
+    return found | {"known": known_operands(ptx), "narrow": narrow_operands(ptx)}
 
 
 def known_operands(ptx: str) -> int:
@@ -122,44 +124,60 @@ def known_operands(ptx: str) -> int:
     return sum(0 < share < 4 for share in shares)
 
 
+def narrow_operands(ptx: str) -> int:
+    """Count the products of 32 columns whose first operand lies in registers."""
+    return len(re.findall(r"wgmma\.mma_async\S*m64n32k\S* \{[^}]*\}, \{", ptx))
+
+
 def erasing(
     structure: str, constants: dict[str, bool], target: str, backend: str, where: GPUTarget
 ) -> dict[str, dict[str, int]]:
     """Compile the kernels of a structure that erases, or whose keys decay, with bfloat16 values."""
     decay = torch.empty(1, 1, 1, HEADS["KEY"], device="meta")
     shape = SHAPE.replace(log_decay=decay) if constants["KEYED"] else SHAPE
-    cut = fused_erasing.tiling(shape, True, target == "sm_90")
+    keyed = constants["KEYED"]
+    launcher = fused_keyed if keyed else fused_erasing
+    cut = launcher.tiling(shape, True, target == "sm_90")
     asked = {name: True for name in ("OUTPUTS", "HAS_SKIP", "HAS_INITIAL", "STORE", "MEASURE", "SPLIT")}
     asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "PRECISION": "ieee"}
     asked |= constants | {"DELTA": constants["ERASES"] and not constants["PAIRS"]}
-    keyed, pieces = constants["KEYED"], -(-HEADS["VALUE"] // cut.columns)
-    blocks = pieces * (cut.columns // cut.walked)
-    asked |= {"PART": fused_erasing.PART, "BS": cut.slice, "BV": cut.block, "BLOCKS": blocks}
-    reads = {"BS": cut.read_slice, "BV": cut.columns, "BLOCKS": blocks // pieces}
+    usual = {"num_warps": cut.warps, "num_stages": cut.stages}
     walked = {"BK": cut.walked_keys, "BV": cut.walked, "STAGES": cut.walk_stages}
-    launches = [
-        ("prepare", cut.warps, {}),
-        ("walk", cut.warps, walked),
-        ("read", cut.warps, reads | {"RELATED": False, "MEASURE": not keyed}),
-    ]
+    launches: list[tuple[str, dict[str, Any], dict[str, Any]]]
     if keyed:
-        launches += [
-            ("measure", cut.warps, {}),
-            ("tally", cut.tally_warps, {"BK": cut.keys}),
-            ("relate", cut.part_warps, {"BS": cut.part_slice}),
-            ("solve", cut.warps, {}),
-            ("measure_parts", cut.part_warps, {"BS": cut.part_slice}),
-            ("read again", cut.warps, reads | {"RELATED": True, "MEASURE": False}),
+        measured = {"BS": cut.measured, "BV": cut.measured_columns}
+        solving = {} if target != "sm_90" else {"maxnreg": cut.solve_registers}
+        parts = {"PART": fused_keyed.PART, "BS": cut.part, "BV": cut.part}
+        few = {"num_warps": cut.part_warps, "num_stages": cut.part_stages}
+        launches = [
+            ("relate", {"BS": cut.related, "WIDE": False}, usual),
+            ("relate wide", {"BS": cut.related, "WIDE": True}, usual),
+            ("solve", {"BS": cut.solved, "BV": cut.solved}, usual | solving),
+            ("solve_pairs", {"BS": cut.solved, "BV": cut.solved}, usual | solving),
+            ("walk", walked | {"BLOCKS": -(-HEADS["VALUE"] // cut.walked)}, {"num_warps": cut.warps}),
+            ("read", {"BS": cut.read_keys, "BV": cut.read_columns}, usual),
+            ("measure", measured | {"WIDE": False}, usual | {"num_stages": cut.measure_stages}),
+            ("measure wide", measured | {"WIDE": True}, usual | {"num_stages": cut.measure_stages}),
+            ("tally", {"BK": cut.keys, "BLOCKS": 4}, {"num_warps": 1}),
+            ("relate_parts", parts, few),
+            ("measure_parts", parts, few),
         ]
+    else:
+        blocks = -(-HEADS["VALUE"] // cut.columns) * (cut.columns // cut.walked)
+        reads = {"BS": cut.read_slice, "BV": cut.columns, "BLOCKS": blocks, "RELATED": False}
+        launches = [
+            ("prepare", {"BS": cut.slice, "BV": cut.block}, usual),
+            ("walk", walked | {"BLOCKS": blocks}, usual),
+            ("read", reads, usual),
+        ]
+    module = fused_keyed_kernels if keyed else fused_erasing_kernels
     found = {}
-    for label, warps, more in launches:
+    for label, more, options in launches:
         name = label.split()[0]
-        kernel = getattr(fused_erasing_kernels, name, None) or getattr(fused_hard_kernels, name)
-        tiling = fused.Tiling(cut.chunk, cut.keys, cut.columns)
+        kernel = getattr(module, name, None) or getattr(fused_hard_kernels, name)
+        tiling = fused.Tiling(cut.chunk, cut.keys, 64)
         described = source(kernel, tiling, "bf16", False, MADE, **asked | more)
-        compiled = triton.compile(
-            described, target=where, options={"num_warps": warps, "num_stages": cut.stages}
-        )
+        compiled = triton.compile(described, target=where, options=options)
         found[f"{label} {structure} {target}"] = usage(compiled, backend)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, fused_entries, fused_erasing, reference
+from statescope.kernels import fused, fused_entries, fused_erasing, fused_keyed, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.kernels.rates import Rated
 from statescope.recurrence import Recurrence
@@ -163,6 +164,28 @@ def test_a_spoiled_token_reaches_no_earlier_one(case: Case, field: str, value: f
         assert not torch.isfinite(got.final_state[:, 0]).all()
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("bits", "products"), [(150, 1), (250, 2), (500, 0)])
+@pytest.mark.parametrize("structure", [{}, {"delta": True}, {"erase": True}], ids=["decay", "delta", "erase"])
+def test_forgetting_much(
+    structure: dict[str, bool], bits: int, products: int, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a chunk are related by one product, by two, or part by part, and all is the same."""
+    shape = {"key": 40, "value": 36, "dtype": torch.bfloat16} if half else {"key": 9, "value": 7}
+    r = draw(Case(80, heads=2, initial=True, keyed=True, scale=False, **shape, **structure), DEVICE)
+    rows = fused_keyed.tiling(r, half, half).chunk // (2 if "erase" in structure else 1)
+    spread = 1 + 0.2 * torch.rand(r.log_decay.shape, device=DEVICE).sub_(0.5)
+    log_decay = -bits * math.log(2) / rows * spread
+    log_decay[:, rows:, 0] = -1e-3  # one head turns to remembering
+    taken: list[Tensor] = []
+    real = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: taken.append(real(*a, **k)) or taken[-1])
+    got = fused.scan(r.replace(log_decay=log_decay), positions=(3, 79))
+    hard = next(t for t in taken if t.dtype == torch.int32)[0]
+    assert (hard > 0) == (products == 0)
+    check(r.replace(log_decay=log_decay), got, (3, 79))
+
+
 @pytest.mark.parametrize("case", [SMALL, DELTA, KEYED, ERASING, ENTRIES], ids=str)
 def test_forgetting_everything(case: Case) -> None:
     r = draw(case, DEVICE)
@@ -227,7 +250,8 @@ def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("structure", ["delta", "erase", "entry", "rated"])
 def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long text is worked on stretch by stretch, here of one chunk."""
-    monkeypatch.setattr(fused_erasing, "ROWS", 1)
+    for launcher in (fused_erasing, fused_keyed):
+        monkeypatch.setattr(launcher, "ROWS", 1)
     monkeypatch.setattr(fused_entries, "STATES", 1)
     r = draw(Case(70, heads=1, initial=True, **{structure: True}), DEVICE)
     positions = (69, 0, 40)

@@ -1,0 +1,306 @@
+"""Tiles of rows that the kernels of :mod:`statescope.kernels.fused_keyed` share; importing it needs triton.
+
+Base-2 logarithms as in :mod:`statescope.kernels.fused_kernels`. A chunk is ``L`` rows, each one write of
+rank one: a token, or with PAIRS every other token's erase term and write in turn. Buffers between the
+launches are (batch, head, padded row, ...), where padding decays nothing and writes nothing.
+
+No product over rows is shown a NaN or an infinity, as it would reach earlier ones (0 * NaN is NaN): later
+rows of the same column are marked instead.
+"""
+
+import triton
+import triton.language as tl
+
+from .fused_kernels import _bounded
+
+SIZES = ["ROWS", "PADDED", "CHUNKS", "BATCH"]
+"""Arguments for whose values nothing is compiled anew: texts differ in length."""
+
+RANGE = tl.constexpr(90.0)
+"""Most that a factor of rows which are related by a product may differ from 1, base 2: 2^37 is left for what
+it multiplies."""
+
+
+@triton.jit
+def _halves(x):
+    """A float32 as two bfloat16, the first cut off after its bits: rounded, each would be converted alone."""
+    bits = x.to(tl.int32, bitcast=True)
+    rest = x - (bits & -65536).to(tl.float32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), rest.to(tl.bfloat16)
+
+
+@triton.jit
+def _split(x, SPLIT: tl.constexpr):
+    """With SPLIT the halves of a tile, otherwise the tile twice."""
+    if SPLIT:
+        high, low = _halves(x)
+    else:
+        high, low = x, x
+    return high, low
+
+
+@triton.jit
+def _by_halves(a, a_low, b, b_low, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of two tiles of :func:`_split`, to 16 bits or more."""
+    if SPLIT:
+        found = tl.dot(a, b, tl.dot(a, b_low, tl.dot(a_low, b, c)))
+    else:
+        found = tl.dot(a, b, c, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def _dot(a, b, c, BF16: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of what is only read."""
+    if BF16:
+        found = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), c)
+    else:
+        found = tl.dot(a, b, c, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def _exact(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of what feeds back, to 16 bits or more: with SPLIT three of its halves."""
+    a, a_low = _split(a, SPLIT)
+    b, b_low = _split(b, SPLIT)
+    return _by_halves(a, a_low, b, b_low, c, SPLIT, PRECISION)
+
+
+@triton.jit
+def _shown(rows, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The mask of a tile of which some rows are shown; columns are not asked where all are inside."""
+    mask = rows[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (columns < WIDTH)[None, :]
+    return mask
+
+
+@triton.jit
+def _load(at, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Load a tile of whose columns some may be outside."""
+    if WIDTH % BLOCK == 0:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def _state(
+    states, keys, columns, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Load some keys and columns of a state."""
+    at = states + keys[:, None] * VALUE + columns[None, :]
+    if KEY % BLOCK == 0:
+        x = _load(at, columns, VALUE, WIDTH)
+    else:
+        x = tl.load(at, mask=_shown(keys < KEY, columns, VALUE, WIDTH), other=0.0)
+    return x
+
+
+@triton.jit
+def _store(at, x, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a tile of whose columns some may be outside."""
+    if WIDTH % BLOCK == 0:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=(columns < WIDTH)[None, :])
+
+
+@triton.jit
+def _put(x, x_low, at, plane, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
+    """Store a tile of :func:`_split`, with SPLIT its two halves in planes one after the other."""
+    _store(at, x, columns, WIDTH, BLOCK)
+    if SPLIT:
+        _store(at + plane, x_low, columns, WIDTH, BLOCK)
+
+
+@triton.jit
+def _take(at, plane, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
+    """Load what :func:`_put` stored."""
+    x = _load(at, columns, WIDTH, BLOCK)
+    x_low = x
+    if SPLIT:
+        x_low = _load(at + plane, columns, WIDTH, BLOCK)
+    return x, x_low
+
+
+@triton.jit
+def _unknown(L: tl.constexpr, SIZE, OTHER):
+    """Rows of a chunk, down and across, neither of them known to the compiler.
+
+    ptxas errs in products whose first operand it knows in part to be 0. So what is 0 of such an operand is
+    decided by these, to which a program's arguments add the 0 that is the least of any size and 0.
+    """
+    rows = tl.arange(0, L)
+    return (rows + tl.minimum(SIZE, 0))[:, None], (rows + tl.minimum(OTHER, 0))[None, :]
+
+
+@triton.jit
+def _since_bad(bad):
+    """NaN from the first row on that is bad, 0 before."""
+    return tl.cumsum(tl.where(bad, float("nan"), 0.0), 0)
+
+
+@triton.jit
+def _marked(x):
+    """What is finite of rows, and NaN in every column from its first entry on that is not."""
+    bad = ~(tl.abs(x) < float("inf"))
+    mark = tl.zeros(x.shape, tl.float32)
+    if tl.max(bad.to(tl.int32)) > 0:
+        mark = _since_bad(bad)
+    return tl.where(bad, 0.0, x).to(x.dtype), mark
+
+
+@triton.jit
+def _first_exact(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of what feeds back, of which the first loses nothing in bfloat16."""
+    if SPLIT:
+        a = a.to(tl.bfloat16)
+        high, low = _halves(b)
+        found = tl.dot(a, high, tl.dot(a, low, c))
+    else:
+        found = tl.dot(a, b, c, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def _halfway(g, L: tl.constexpr):
+    """What each key forgets in the first half of the rows, and in all."""
+    first = tl.where((tl.arange(0, L) < L // 2)[:, None], g, 0.0)
+    return tl.sum(first, 0)[None, :], tl.sum(g, 0)[None, :]
+
+
+@triton.jit
+def _within(halfway, total, MOST: tl.constexpr):
+    """1 for each key that forgets no more than that in either half; 0 also for what is no number."""
+    return ((halfway >= -MOST) & (total - halfway >= -MOST) & (total < float("inf"))).to(tl.int32)
+
+
+@triton.jit
+def _inverse(system, down, across, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    r"""Invert :math:`I - M` for a strictly lower :math:`M`, rows ``down`` and ``across`` (:func:`_unknown`).
+
+    Of diagonal blocks of two the inverse is :math:`I + M`; then blocks two by two, :math:`D + D M_{10} D`.
+    """
+    m, m_low = _split(system, SPLIT)
+    found = tl.where(down // 2 == across // 2, system, 0.0) + tl.where(down == across, 1.0, 0.0)
+    found = _joined(found, m, m_low, down, across, 2, SPLIT, PRECISION)
+    found = _joined(found, m, m_low, down, across, 4, SPLIT, PRECISION)
+    found = _joined(found, m, m_low, down, across, 8, SPLIT, PRECISION)
+    if L > 16:
+        found = _joined(found, m, m_low, down, across, 16, SPLIT, PRECISION)
+    if L > 32:
+        found = _joined(found, m, m_low, down, across, 32, SPLIT, PRECISION)
+    return found
+
+
+@triton.jit
+def _joined(
+    found, m, m_low, down, across, SIZE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Join inverses of diagonal blocks of a size two by two."""
+    high, low = _split(found, SPLIT)
+    below = _by_halves(high, low, m, m_low, tl.zeros(found.shape, tl.float32), SPLIT, PRECISION)
+    pairs = (down // (2 * SIZE) == across // (2 * SIZE)) & (down // SIZE > across // SIZE)
+    below, below_low = _split(tl.where(pairs, below, 0.0), SPLIT)
+    return _by_halves(below, below_low, high, low, found, SPLIT, PRECISION)
+
+
+@triton.jit
+def _tokens(rows, left, PAIRS: tl.constexpr):
+    """Tokens of rows; whether a row decays the state before it writes; whether it is its token's last."""
+    if PAIRS:
+        tokens = rows // 2
+        decays = (rows % 2 == 0) & (rows < left)
+        last = (rows % 2 == 1) & (rows < left)
+    else:
+        tokens = rows
+        decays = rows < left
+        last = decays
+    return tokens, decays, last
+
+
+@triton.jit
+def _keys(k, k_t, tokens, asked, keys, KEY: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys, or queries, as they are given."""
+    mask = _shown(asked, keys, KEY, BLOCK)
+    return tl.load(k + tokens[:, None] * k_t + keys[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _written_keys(
+    k, k_t, a, a_t, tokens, decays, last, keys, KEY: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """The keys that rows write with: with PAIRS ``a`` and ``k`` in turn."""
+    found = _keys(k, k_t, tokens, last, keys, KEY, BLOCK).to(tl.float32)
+    if PAIRS:
+        found += _keys(a, a_t, tokens, decays, keys, KEY, BLOCK).to(tl.float32)
+    return found
+
+
+@triton.jit
+def _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY: tl.constexpr, BLOCK: tl.constexpr):
+    """The log decay of rows, of every key, base 2."""
+    mask = _shown(decays, keys, KEY, BLOCK)
+    return _bounded(tl.load(log_decay + tokens[:, None] * g_t + keys[None, :] * g_k, mask=mask, other=0.0))
+
+
+@triton.jit
+def _along(x):
+    """Sum along rows, kept as a column: so triton 3.6 does not try to move the sum out of a loop."""
+    return tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
+def _finite(x):
+    """What is finite of rows, 0 elsewhere; and whether a row is finite whole."""
+    good = tl.abs(x) < float("inf")
+    return tl.where(good, x, 0.0).to(x.dtype), tl.min(good.to(tl.int32), 1)
+
+
+@triton.jit
+def _halves_of_input(a, a_low, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of a tile of :func:`_split` with an input, which in bfloat16 is its own first half."""
+    if SPLIT and b.dtype == tl.bfloat16:
+        found = tl.dot(a, b, tl.dot(a_low, b, c))
+    else:
+        b, b_low = _split(b.to(tl.float32), SPLIT)
+        found = _by_halves(a, a_low, b, b_low, c, SPLIT, PRECISION)
+    return found
+
+
+@triton.jit
+def _of_inputs(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a product of two inputs that feeds back."""
+    if SPLIT and a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
+        found = tl.dot(a, b, c)
+    else:
+        found = _exact(a.to(tl.float32), b.to(tl.float32), c, SPLIT, PRECISION)
+    return found
+
+
+@triton.jit
+def _decay_of_rows(log_decay, g_t, tokens, decays):
+    """Log decay of rows that is the same for all keys, base 2, and its sums up to each."""
+    g = _bounded(tl.load(log_decay + tokens * g_t, mask=decays, other=0.0))
+    return g, tl.cumsum(g, 0)
+
+
+@triton.jit
+def _between(local, rows):
+    """What survives from each earlier row, across, to each row, down; 1 where it is not earlier."""
+    past = rows[:, None] >= rows[None, :]
+    return tl.exp2(tl.where(past, local[:, None] - local[None, :], 0.0))
+
+
+@triton.jit
+def _inverted(system, rate, down, across, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Invert I - M, M being ``system`` times ``rate``: NaN from the first row on that is not finite."""
+    found, fine = _finite(system)
+    found *= rate[:, None]
+    fine = tl.where(tl.abs(rate) < float("inf"), fine, 0)
+    mark = _since_bad(fine == 0)[:, None]
+    found = tl.where((down > across) & (mark == mark), found, 0.0)
+    return _inverse(found, down, across, L, SPLIT, PRECISION) + mark
