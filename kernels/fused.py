@@ -40,6 +40,7 @@ from statescope.recurrence import Recurrence
 
 from . import fused_entries, fused_erasing, fused_keyed
 from .interface import ScanOutput, Steps
+from .launches import Launcher
 from .rates import Rated
 from .rows import by_rows
 
@@ -175,6 +176,9 @@ class _Scan:
     """One scan: the launches and the buffers between them."""
 
     def __init__(self, r: Recurrence, outputs: bool, measure: bool) -> None:
+        from . import fused_kernels
+
+        self.kernels: Any = fused_kernels
         self.r, self.outputs, self.measure = r, outputs, measure
         self.tiling = tiling = _tiling(r.key, r.value, _half(r), _interpreted() or _bulk_copies(r.v))
         self.q, self.k, self.v = (by_rows(x) for x in (r.q, r.k, r.v))
@@ -199,7 +203,7 @@ class _Scan:
             and _bulk_copies(r.v)
             and all(self._packed(x) for x in (self.q, self.k, self.v))
         )
-        self.launch = _Launcher.of((outputs, measure, self.bulk, self.length), *self._tensors())
+        self.launch = Launcher.of((outputs, measure, self.bulk, self.length), *self._tensors())
         self.buffers = _Buffers.allocate(self)
 
     def run(self, positions: Sequence[int]) -> ScanOutput:
@@ -222,7 +226,7 @@ class _Scan:
     def _prepare(self) -> None:
         r, b = self.r, self.buffers
         self.launch(
-            "prepare", (self.chunks, r.batch, 1),
+            self.kernels.prepare, (self.chunks, r.batch, 1),
             (*self._decays(), self.k, *self.k.stride()[:3], b.run_sum, b.weight, b.key_square, b.key_sum,
              r.time, self.padded),
             {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": self.tiling.chunk,
@@ -239,7 +243,7 @@ class _Scan:
         r, t, b = self.r, self.tiling, self.buffers
         bulk = self.bulk and ends is None  # a span cut short masks its tokens
         self.launch(
-            "write_spans", (r.heads * self.blocks, spans, r.batch),
+            self.kernels.write_spans, (r.heads * self.blocks, spans, r.batch),
             (*self._rows(self.k, t.keys, bulk), *self._rows(self.v, t.values, bulk), b.run_sum, b.weight,
              b.key_sum, b.weight if ends is None else ends, written, decay,
              b.value_square, b.value_sum, b.chunk_total, b.chunk_decay,
@@ -253,7 +257,7 @@ class _Scan:
         r, b = self.r, self.buffers
         final = torch.empty((r.batch, r.heads, r.key, r.value), dtype=torch.float32, device=r.v.device)
         self.launch(
-            "pass_states", (self.tiles, r.batch * r.heads, 1),
+            self.kernels.pass_states, (self.tiles, r.batch * r.heads, 1),
             (b.states, b.decay, final if self.initial is None else self.initial, final,
              b.spoiled, b.energy, b.total, self.spans),
             {"SIZE": r.key * r.value, "BLOCK": STATE_TILE, "STAGES": 3,
@@ -265,7 +269,7 @@ class _Scan:
     def _read_spans(self, y: Tensor | None) -> None:
         r, t, b = self.r, self.tiling, self.buffers
         self.launch(
-            "read_spans", (r.heads * self.blocks, self.spans, r.batch),
+            self.kernels.read_spans, (r.heads * self.blocks, self.spans, r.batch),
             (*self._rows(self.q, t.keys, self.bulk), *self._rows(self.k, t.keys, self.bulk),
              *self._rows(self.v, t.values, self.bulk), b.run_sum, b.weight, b.states,
              b.weight if r.skip is None else r.skip,
@@ -280,7 +284,7 @@ class _Scan:
         r, t, b = self.r, self.tiling, self.buffers
         values = min(t.values, 32)
         self.launch(
-            "step_spoiled", (r.heads * -(-r.value // values), self.spans, r.batch),
+            self.kernels.step_spoiled, (r.heads * -(-r.value // values), self.spans, r.batch),
             (self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3],
              *self._decays(), b.states, b.spoiled, b.weight if r.skip is None else r.skip, y,
              r.time, self.length * t.chunk, self.spans, self.tiles),
@@ -297,7 +301,7 @@ class _Scan:
         write, mean, overlap = (x[0] if self.blocks == 1 else torch.empty_like(norm) for x in sources)
         block = self._heads_at_once()
         self.launch(
-            "measure_steps", (self.chunks, -(-r.heads // block), r.batch),
+            self.kernels.measure_steps, (self.chunks, -(-r.heads // block), r.batch),
             (*self._decays(), b.key_square, b.key_sum, *sources,
              b.energy, b.total, b.written, b.chunk_total, b.chunk_decay, write, norm, mean, overlap,
              r.time, self.padded, self.chunks, self.length, self.spans, r.batch),
@@ -363,55 +367,6 @@ class _Scan:
         """What the kernels are given; all else follows from it."""
         r = self.r
         return self.q, self.k, self.v, r.log_decay, r.write_scale, self.initial, r.skip
-
-
-class _Launcher:
-    """Launches kernels, and remembers which one a call like this was compiled to.
-
-    triton finds a compiled kernel by looking at every argument, which for a short text costs more than the
-    work. Of two calls whose tensors agree in dtype, shape, strides and alignment all arguments are alike.
-    """
-
-    def __init__(self) -> None:
-        self._compiled: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-
-    @classmethod
-    def of(cls, choices: tuple[int, ...], *tensors: Tensor | None) -> _Launcher:
-        """Return the launcher of all calls like this one."""
-        alike = ((x.dtype, x.shape, x.stride(), x.data_ptr() % 16) if x is not None else x for x in tensors)
-        assert tensors[0] is not None
-        return _launcher((choices, tensors[0].device, *alike))
-
-    def __call__(
-        self,
-        name: str,
-        grid: tuple[int, int, int],
-        arguments: tuple[Any, ...],
-        constants: dict[str, Any],
-        keep: bool = True,
-        **options: Any,
-    ) -> None:
-        """Launch a kernel of :mod:`statescope.kernels.fused_kernels`.
-
-        ``constants`` are its compile-time arguments, after the others; with ``keep=False`` an argument is
-        not like that of other calls.
-        """
-        if keep and name in self._compiled:
-            kernel, values = self._compiled[name]
-            kernel[grid](*arguments, *values)
-            return
-        from . import fused_kernels
-
-        function = getattr(fused_kernels, name)
-        kernel = function[grid](*arguments, **constants, **options)
-        if keep and kernel is not None:  # None is what the interpreter returns
-            values = tuple(constants[name] for name in function.arg_names[len(arguments) :])
-            self._compiled[name] = kernel, values
-
-
-@functools.lru_cache(maxsize=1024)
-def _launcher(_: tuple[Any, ...]) -> _Launcher:
-    return _Launcher()
 
 
 @dataclass(frozen=True, eq=False)

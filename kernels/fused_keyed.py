@@ -33,6 +33,7 @@ from statescope.recurrence import Recurrence
 
 from .interface import ScanOutput, Steps
 from .keyed import Measured
+from .launches import Launcher
 
 ROWS = 2**21
 """Writes times heads times sequences worked on at once: bounds the memory whatever the length."""
@@ -144,7 +145,7 @@ def scan(
         stop = min(first + block, r.time)
         here = [p - first for p in positions if first <= p < stop]
         part = r if block >= r.time else r.between(first, stop, state)
-        found.append(_run(part, cut, writes, outputs, measure, here, half))
+        found.append(_Scan(part, cut, writes, outputs, measure, half).run(here))
         state = found[-1].final_state
     if len(found) == 1 and list(positions) == sorted(positions):
         return found[0]
@@ -165,130 +166,220 @@ def _by_block(positions: Sequence[int], block: int, count: int) -> list[list[int
     return [[p for p in positions if p // block == i] for i in range(count)]
 
 
-def _run(
-    r: Recurrence,
-    cut: Tiling,
-    writes: int,
-    outputs: bool,
-    measure: bool,
-    positions: Sequence[int],
-    half: bool,
-) -> ScanOutput:
-    from . import fused_hard_kernels, fused_keyed_kernels
+class _Scan:
+    """One scan: the launches and the buffers between them."""
 
-    kernels: Any = fused_keyed_kernels
-    careful: Any = fused_hard_kernels
-    rows, length = writes * r.time, cut.chunk
-    chunks = -(-rows // length)
-    padded = chunks * length
-    pieces, across = -(-r.value // cut.walked), -(-r.key // cut.walked_keys)
+    def __init__(
+        self, r: Recurrence, cut: Tiling, writes: int, outputs: bool, measure: bool, half: bool
+    ) -> None:
+        from . import fused_hard_kernels, fused_keyed_kernels
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=r.v.device)
+        self.kernels: Any = fused_keyed_kernels
+        self.careful: Any = fused_hard_kernels
+        self.r, self.cut, self.writes = r, cut, writes
+        self.outputs, self.measure = outputs, measure
+        self.rows = writes * r.time
+        self.chunks = -(-self.rows // cut.chunk)
+        self.padded = self.chunks * cut.chunk
+        self.pieces, self.across = -(-r.value // cut.walked), -(-r.key // cut.walked_keys)
+        self.split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
+        self.sizes = (self.rows, self.padded, self.chunks, r.batch)
+        self.grid = (self.chunks, r.heads, r.batch)
+        self.few = (PROGRAMS if r.v.is_cuda else 1,)
+        self._arguments()
+        self._constants()
+        self._buffers()
 
-    heads = (r.batch, r.heads)
-    split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
-    rounded = torch.bfloat16 if split else torch.float32
+    def _arguments(self) -> None:
+        """Tensors, each with its strides; where there is none, one that is not read."""
+        r = self.r
+        scale = r.log_decay if r.write_scale is None else r.write_scale
+        a = r.log_decay if r.a is None else r.a if r.a.stride(-1) == 1 or r.delta_rule else r.a.contiguous()
+        b = r.log_decay if r.b is None else r.b if r.b.stride(-1) == 1 else r.b.contiguous()
+        q, k, v, weight, erase, along = ((x, *x.stride()[:3]) for x in (r.q, r.k, r.v, scale, a, b))
+        decay = (r.log_decay, *r.log_decay.stride()[:3], 0 if r.scalar_decay else r.log_decay.stride(3))
+        self.k, self.v, self.weight, self.decay, self.erase = k, v, weight, decay, erase
+        self.given = (*q, *k, *weight, *decay, *along, *erase)
 
-    def of_keys() -> Tensor:  # float32, or two bfloat16 in its place
-        found = empty(*heads, padded, r.key)
-        return found.view(torch.bfloat16).view(2, -1) if split else found
+    def _constants(self) -> None:
+        r, cut = self.r, self.cut
+        exact = {"PRECISION": "tf32x3" if torch.version.cuda else "ieee", "SPLIT": self.split}
+        self.keyed = {"HEADS": r.heads, "KEY": r.key, "L": cut.chunk, **exact}
+        self.whole = self.keyed | {"VALUE": r.value}
+        self.scaled = {"HAS_SCALE": r.write_scale is not None}
+        self.kinds = {"PAIRS": self.writes == 2, "ERASES": r.erases, **self.scaled}
+        self.part = {"PART": PART, "BS": cut.part}
+        self.usual: dict[str, Any] = {"num_warps": cut.warps, "num_stages": cut.stages}
+        self.few_warps: dict[str, Any] = {"num_warps": cut.part_warps, "num_stages": cut.part_stages}
 
-    final, hard = empty(*heads, r.key, r.value), empty(*heads, chunks, dtype=torch.int32)
-    listed = torch.zeros(1 + hard.numel(), dtype=torch.int32, device=r.v.device)
-    remaining, kept, halves = of_keys(), empty(*heads, chunks, r.key), empty(*heads, chunks, r.key)
-    through = of_keys() if r.erases else final
-    values = empty(*heads, padded, r.value) if r.erases else r.v
-    strides = (values.stride(0), values.stride(2), values.stride(1)) if r.erases else r.v.stride()[:3]
-    states = empty(*heads, chunks, r.key, r.value, dtype=rounded) if outputs or measure else final
-    energy = empty(2, *heads, chunks, pieces, r.key) if measure else kept
-    scale = r.log_decay if r.write_scale is None else r.write_scale
-    a = r.log_decay if r.a is None else r.a if r.a.stride(-1) == 1 or r.delta_rule else r.a.contiguous()
-    b = r.log_decay if r.b is None else r.b if r.b.stride(-1) == 1 else r.b.contiguous()
-    q, k, v, weight, erase, along = ((x, *x.stride()[:3]) for x in (r.q, r.k, r.v, scale, a, b))
-    u = (values, *strides)
-    decay = (r.log_decay, *r.log_decay.stride()[:3], 0 if r.scalar_decay else r.log_decay.stride(3))
-    sizes = (rows, padded, chunks, r.batch)
-    exact = {"PRECISION": "tf32x3" if torch.version.cuda else "ieee", "SPLIT": split}
-    one = {"HEADS": r.heads, "KEY": r.key, "L": length, **exact}
-    shape, whole = one | {"GROUPS": r.groups}, one | {"VALUE": r.value}
-    kinds = {"PAIRS": writes == 2, "HAS_SCALE": r.write_scale is not None}
-    erases = {"ERASES": r.erases}
-    usual = {"num_warps": cut.warps, "num_stages": cut.stages}
-    part = {"PART": PART, "BS": cut.part, "num_warps": cut.part_warps, "num_stages": cut.part_stages}
-    solved = {"BS": cut.solved, "BV": cut.solved, **usual}
-    if cut.solve_registers and r.v.is_cuda and torch.version.cuda:
-        solved |= {"maxnreg": cut.solve_registers}
-    grid, few = (chunks, r.heads, r.batch), (PROGRAMS if r.v.is_cuda else 1,)
-    system = empty(*heads, padded, length) if r.erases else kept
-    asked = empty(*heads, padded, r.key, dtype=rounded) if outputs else kept
-    seen = empty(*heads, padded, length, dtype=rounded) if outputs else kept
+    def _buffers(self) -> None:
+        r, heads = self.r, (self.r.batch, self.r.heads)
+        rounded = torch.bfloat16 if self.split else torch.float32
+        self.final = self._empty(*heads, r.key, r.value)
+        self.hard = self._empty(*heads, self.chunks, dtype=torch.int32)
+        self.listed = torch.zeros(1 + self.hard.numel(), dtype=torch.int32, device=r.v.device)
+        self.kept, self.halves = (self._empty(*heads, self.chunks, r.key) for _ in range(2))
+        self.remaining = self._of_keys()
+        self.through, self.system, self.values = self.final, self.kept, r.v
+        self.u: tuple[Any, ...] = self.v
+        if r.erases:
+            self.through = self._of_keys()
+            self.system = self._empty(*heads, self.padded, self.cut.chunk)
+            self.values = self._empty(*heads, self.padded, r.value)
+            self.u = (self.values, *(self.values.stride(i) for i in (0, 2, 1)))
+        self.asked, self.seen, self.states, self.energy = self.kept, self.kept, self.final, self.kept
+        if self.outputs:
+            self.asked = self._empty(*heads, self.padded, r.key, dtype=rounded)
+            self.seen = self._empty(*heads, self.padded, self.cut.chunk, dtype=rounded)
+        if self.outputs or self.measure:
+            self.states = self._empty(*heads, self.chunks, r.key, r.value, dtype=rounded)
+        if self.measure:
+            self.energy = self._empty(2, *heads, self.chunks, self.pieces, r.key)
 
-    held = sorted({(writes * p + writes - 1) // length for p in positions})
-    entered, slots = final, kept
-    if held:
-        slot = torch.full((chunks,), -1, dtype=torch.int32)
-        slot[held] = torch.arange(len(held), dtype=torch.int32)
-        slots = _to(slot, r.v)
-        entered = empty(len(held), *heads, r.key, r.value)
-    initial = final if r.initial_state is None else r.initial_state.contiguous()
-    given = (*q, *k, *weight, *decay, *along, *erase)
-    for wide in (False, True):
-        kernels.relate[grid](
-            *given, remaining, kept, halves, through, asked, system, seen, hard, listed, *sizes,
-            **shape, **kinds, **erases, **usual, BS=cut.related, OUTPUTS=outputs, WIDE=wide,
-        )  # fmt: skip
-    careful.relate_parts[few](
-        *given, remaining, kept, through, asked, system, seen, listed, *sizes,
-        **shape, **kinds, **erases, **part, OUTPUTS=outputs,
-    )  # fmt: skip
-    solved |= {"HAS_SCALE": r.write_scale is not None}
-    if writes == 2:
-        kernels.solve_pairs[(-(-chunks // 2), r.heads, r.batch)](
-            *v, *weight, system, through, values, *sizes, **whole, **solved
-        )  # fmt: skip
-    elif r.erases:
-        kernels.solve[grid](*v, *weight, *erase, system, through, values, *sizes, **whole, **solved)
-    kernels.walk[(r.heads * pieces * across, r.batch)](
-        remaining, kept, through, *u, values, initial, final, states, energy, entered, slots, *sizes,
-        **whole, **erases, BK=cut.walked_keys, BV=cut.walked, BLOCKS=pieces, STAGES=cut.walk_stages,
-        HAS_INITIAL=r.initial_state is not None, STORE=outputs or measure, MEASURE=measure,
-        KEEP=bool(held), num_warps=cut.warps,
-    )  # fmt: skip
-    y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
-    if y is not None:
-        kernels.read[(chunks * -(-r.value // cut.read_columns), r.heads, r.batch)](
-            *u, *v, *weight, asked, states, seen, kept if r.skip is None else r.skip, y, *sizes,
-            **whole, **kinds, **erases, BS=cut.read_keys, BV=cut.read_columns, HAS_SKIP=r.skip is not None,
-            **usual,
-        )  # fmt: skip
-    steps, erased = None, None
-    if measure:
-        found, gained = empty(FIELDS, r.batch, rows, r.heads), empty(*heads, padded, r.key)
-        written = (*k, *u, *v, *weight, *decay, *erase)
-        named = kinds | erases | {"GROUPS": r.groups, "DELTA": r.delta_rule}
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.r.v.device)
+
+    def _of_keys(self) -> Tensor:
+        """A float32 for each row and key, or two bfloat16 in its place."""
+        found = self._empty(self.r.batch, self.r.heads, self.padded, self.r.key)
+        return found.view(torch.bfloat16).view(2, -1) if self.split else found
+
+    def run(self, positions: Sequence[int]) -> ScanOutput:
+        r = self.r
+        held = sorted({(self.writes * p + self.writes - 1) // self.cut.chunk for p in positions})
+        choices = (self.outputs, self.measure, self.split, bool(held))
+        tensors = (r.q, r.k, r.v, r.log_decay, r.write_scale, r.a, r.b, r.initial_state, r.skip)
+        self.launch = Launcher.of((__name__, self.cut, *choices), *tensors)
+        self._relate()
+        if r.erases:
+            self._solve()
+        entered = self._walk(held)
+        y = self._read() if self.outputs else None
+        steps, erased = self._measure() if self.measure else (None, None)
+        at = [self._after(entered[held.index((self.writes * p + self.writes - 1) // self.cut.chunk)], p)
+              for p in positions]  # fmt: skip
+        states = torch.stack(at, 1) if at else self._empty(r.batch, 0, r.heads, r.key, r.value)
+        return ScanOutput(y, steps, states, self.final, erased)
+
+    def _relate(self) -> None:
+        constants = self.keyed | self.kinds | {"GROUPS": self.r.groups, "OUTPUTS": self.outputs}
+        found = (self.remaining, self.kept)
+        related = (self.through, self.asked, self.system, self.seen)
         for wide in (False, True):
-            kernels.measure[grid](
-                *written, kept, halves, states, gained, hard, found, *sizes,
-                **whole, **named, BS=cut.measured, BV=cut.measured_columns, WIDE=wide,
+            self.launch(
+                self.kernels.relate, self.grid,
+                (*self.given, *found, self.halves, *related, self.hard, self.listed, *self.sizes),
+                constants | {"BS": self.cut.related, "WIDE": wide}, wide, **self.usual,
+            )  # fmt: skip
+        self.launch(
+            self.careful.relate_parts, self.few,
+            (*self.given, *found, *related, self.listed, *self.sizes),
+            constants | self.part, **self.few_warps,
+        )  # fmt: skip
+
+    def _solve(self) -> None:
+        constants = self.whole | self.scaled | {"BS": self.cut.solved, "BV": self.cut.solved}
+        options = dict(self.usual)
+        if self.cut.solve_registers and self.r.v.is_cuda and torch.version.cuda:
+            options |= {"maxnreg": self.cut.solve_registers}
+        found = (self.system, self.through, self.values, *self.sizes)
+        if self.writes == 2:
+            grid = (-(-self.chunks // 2), self.r.heads, self.r.batch)
+            self.launch(self.kernels.solve_pairs, grid, (*self.v, *self.weight, *found), constants, **options)
+        else:
+            self.launch(
+                self.kernels.solve, self.grid, (*self.v, *self.weight, *self.erase, *found), constants,
+                **options,
+            )  # fmt: skip
+
+    def _walk(self, held: list[int]) -> Tensor:
+        """Return the states that enter the chunks held, (chunk, batch, head, key, value)."""
+        r, cut = self.r, self.cut
+        entered, slots = self.final, self.kept
+        if held:
+            slot = torch.full((self.chunks,), -1, dtype=torch.int32)
+            slot[held] = torch.arange(len(held), dtype=torch.int32)
+            slots = _to(slot, r.v)
+            entered = self._empty(len(held), r.batch, r.heads, r.key, r.value)
+        initial = self.final if r.initial_state is None else r.initial_state.contiguous()
+        self.launch(
+            self.kernels.walk, (r.heads * self.pieces * self.across, r.batch),
+            (self.remaining, self.kept, self.through, *self.u, self.values, initial, self.final, self.states,
+             self.energy, entered, slots, *self.sizes),
+            self.whole | {
+                "ERASES": r.erases, "BK": cut.walked_keys, "BV": cut.walked, "BLOCKS": self.pieces,
+                "STAGES": cut.walk_stages, "HAS_INITIAL": r.initial_state is not None,
+                "STORE": self.outputs or self.measure, "MEASURE": self.measure, "KEEP": bool(held),
+            },
+            num_warps=cut.warps,
+        )  # fmt: skip
+        return entered
+
+    def _read(self) -> Tensor:
+        r, cut = self.r, self.cut
+        y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device)
+        self.launch(
+            self.kernels.read, (self.chunks * -(-r.value // cut.read_columns), r.heads, r.batch),
+            (*self.u, *self.v, *self.weight, self.asked, self.states, self.seen,
+             self.kept if r.skip is None else r.skip, y, *self.sizes),
+            self.whole | self.kinds
+            | {"BS": cut.read_keys, "BV": cut.read_columns, "HAS_SKIP": r.skip is not None},
+            **self.usual,
+        )  # fmt: skip
+        return y
+
+    def _measure(self) -> tuple[Steps, Tensor | None]:
+        r, cut = self.r, self.cut
+        found = self._empty(FIELDS, r.batch, self.rows, r.heads)
+        gained = self._empty(r.batch, r.heads, self.padded, r.key)
+        written = (*self.k, *self.u, *self.v, *self.weight, *self.decay, *self.erase)
+        constants = self.whole | self.kinds | {"GROUPS": r.groups, "DELTA": r.delta_rule}
+        for wide in (False, True):
+            self.launch(
+                self.kernels.measure, self.grid,
+                (*written, self.kept, self.halves, self.states, gained, self.hard, found, *self.sizes),
+                constants | {"BS": cut.measured, "BV": cut.measured_columns, "WIDE": wide}, wide,
                 num_warps=cut.warps, num_stages=cut.measure_stages,
             )  # fmt: skip
-        careful.measure_parts[few](
-            *written, states, gained, listed, found, *sizes, **whole, **named, **part, BV=cut.part
+        self.launch(
+            self.careful.measure_parts, self.few,
+            (*written, self.states, gained, self.listed, found, *self.sizes),
+            constants | self.part | {"BV": cut.part}, **self.few_warps,
         )  # fmt: skip
-        kernels.tally[grid](
-            *k, *decay, *erase, energy, gained, found, *sizes,
-            **{name: shape[name] for name in ("HEADS", "GROUPS", "KEY", "L")}, BK=cut.keys, BLOCKS=pieces,
-            PAIRS=writes == 2, num_warps=1,
+        self.launch(
+            self.kernels.tally, self.grid,
+            (*self.k, *self.decay, *self.erase, self.energy, gained, found, *self.sizes),
+            {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": cut.chunk, "BK": cut.keys,
+             "BLOCKS": self.pieces, "PAIRS": self.writes == 2},
+            num_warps=1,
         )  # fmt: skip
-        decayed, written_, cross, total, pace, both, along_key = found
-        if r.delta_rule:
-            erased = torch.stack([both.sqrt(), along_key])
-        steps = _steps(Measured(decayed, written_, cross, total / (r.key * r.value)), both, pace, writes)
-    at = [_after(r, writes, entered[held.index((writes * p + writes - 1) // length)], p, length, values)
-          for p in positions]  # fmt: skip
-    kept_states = torch.stack(at, 1) if at else empty(r.batch, 0, r.heads, r.key, r.value)
-    return ScanOutput(y, steps, kept_states, final, erased)
+        decayed, energy, cross, total, pace, both, along = found
+        erased = torch.stack([both.sqrt(), along]) if r.delta_rule else None
+        measured = Measured(decayed, energy, cross, total / (r.key * r.value))
+        return _steps(measured, both, pace, self.writes), erased
+
+    def _after(self, entering: Tensor, position: int) -> Tensor:
+        """The state after one token, from that which entered its chunk."""
+        r, writes = self.r, self.writes
+        tokens = self.cut.chunk // writes
+        first = position // tokens * tokens
+        past = slice(first, position + 1)
+        log_decay = r.log_decay[:, past].float()
+        log_decay = log_decay[..., None] if r.scalar_decay else log_decay
+        # Of the tokens in between alone: from each on, what comes after it.
+        remaining = log_decay.flip(1).cumsum(1).flip(1)
+        survives = torch.cat([remaining[:, 1:], torch.zeros_like(remaining[:, :1])], 1).exp()
+        keys = r.k[:, past].float().repeat_interleave(r.heads // r.groups, 2) * survives
+        if r.erases:
+            u = self.values[:, :, writes * first : writes * (position + 1)]
+        else:
+            scale = 1.0 if r.write_scale is None else r.write_scale[:, past, :, None]
+            u = (r.v[:, past] * scale).float().transpose(1, 2)
+        added = keys.permute(0, 2, 3, 1) @ u[:, :, writes - 1 :: writes]
+        if writes == 2:
+            assert r.a is not None
+            added += (r.a[:, past].float() * survives).permute(0, 2, 3, 1) @ u[:, :, ::2]
+        return remaining[:, 0].exp()[..., None] * entering + added
 
 
 def _steps(measured: Measured, both: Tensor, pace: Tensor, writes: int) -> Steps:
@@ -301,31 +392,6 @@ def _steps(measured: Measured, both: Tensor, pace: Tensor, writes: int) -> Steps
             mean=added.mean,
         )
     return measured.steps(pace[:, ::writes])
-
-
-def _after(
-    r: Recurrence, writes: int, entering: Tensor, position: int, length: int, values: Tensor
-) -> Tensor:
-    """The state after one token, from that which entered its chunk."""
-    tokens = length // writes
-    first = position // tokens * tokens
-    past = slice(first, position + 1)
-    log_decay = r.log_decay[:, past].float()
-    log_decay = log_decay[..., None] if r.scalar_decay else log_decay
-    # Of the tokens in between alone: from each on, what comes after it.
-    remaining = log_decay.flip(1).cumsum(1).flip(1)
-    survives = torch.cat([remaining[:, 1:], torch.zeros_like(remaining[:, :1])], 1).exp()
-    keys = r.k[:, past].float().repeat_interleave(r.heads // r.groups, 2) * survives
-    if r.erases:
-        u = values[:, :, writes * first : writes * (position + 1)]
-    else:
-        u = r.v[:, past].float() if r.write_scale is None else r.v[:, past] * r.write_scale[:, past, :, None]
-        u = u.float().transpose(1, 2)
-    added = keys.permute(0, 2, 3, 1) @ u[:, :, writes - 1 :: writes]
-    if writes == 2:
-        assert r.a is not None
-        added += (r.a[:, past].float() * survives).permute(0, 2, 3, 1) @ u[:, :, ::2]
-    return remaining[:, 0].exp()[..., None] * entering + added
 
 
 def _to(x: Tensor, like: Tensor) -> Tensor:

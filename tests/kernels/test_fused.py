@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, fused_entries, fused_erasing, fused_keyed, reference
+from statescope.kernels import fused, fused_entries, fused_erasing, fused_keyed, launches, reference
 from statescope.kernels.interface import ScanOutput
+from statescope.kernels.launches import Launcher
 from statescope.kernels.rates import Rated
 from statescope.recurrence import Recurrence
 from statescope.scan import on_gpu
@@ -285,25 +286,24 @@ class Compiled:
 
 
 @pytest.mark.parametrize("remembers", [True, False])
-def test_launches_again_what_was_compiled(remembers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_again_what_was_compiled(remembers: bool) -> None:
     """Calls alike reach what was compiled, all arguments in its order; one that is interpreted does not."""
-    from statescope.kernels import fused_kernels
-
     first, Compiled.again = Compiled(remembers), Compiled()
-    monkeypatch.setattr(fused_kernels, "twice", first, raising=False)
-    fused._launcher.cache_clear()
+    launches._launcher.cache_clear()
     x = torch.zeros(3, 4)
     for _ in range(2):
-        launch = fused._Launcher.of((1, 1), x, None)
-        launch("twice", (1, 1, 1), (x, 7), {"FLAG": True, "SIZE": 5}, num_warps=4)
+        launch = Launcher.of((1, 1), x, None)
+        launch(first, (1, 1, 1), (x, 7), {"FLAG": True, "SIZE": 5}, num_warps=4)
     named = ((1, 1, 1), (x, 7), {"FLAG": True, "SIZE": 5, "num_warps": 4})
     if remembers:
         assert first.calls == [named] and Compiled.again.calls == [((1, 1, 1), (x, 7, 5, True), {})]
     else:
         assert first.calls == [named, named]
-    launch("twice", (1, 1, 1), (x, 9), {"FLAG": True, "SIZE": 5}, keep=False)
+    launch(first, (1, 1, 1), (x, 9), {"FLAG": True, "SIZE": 5}, keep=False)
     assert first.calls[-1][1] == (x, 9)
+    launch(first, (1,), (x, 8), {"FLAG": False, "SIZE": 5}, variant="other")
+    assert first.calls[-1] == ((1, 1, 1), (x, 8), {"FLAG": False, "SIZE": 5})
     others = (x.double(), x.T, x[:2], torch.zeros(14)[1:13].view(3, 4), x.to(torch.bfloat16))
-    launchers = {id(fused._Launcher.of((1, 1), y, None)) for y in (x, *others)}
-    launchers |= {id(fused._Launcher.of(choices, x, z)) for choices, z in (((1, 0), None), ((1, 1), x))}
+    launchers = {id(Launcher.of((1, 1), y, None)) for y in (x, *others)}
+    launchers |= {id(Launcher.of(choices, x, z)) for choices, z in (((1, 0), None), ((1, 1), x))}
     assert len(launchers) == 8
