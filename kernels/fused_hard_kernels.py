@@ -20,6 +20,7 @@ from .fused_tiles import (
     _halves,
     _keys,
     _put,
+    _put_system,
     _split,
     _store,
     _tokens,
@@ -148,12 +149,16 @@ def _relate_part(
                 read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)
             qt *= tl.exp2(entered + local)
             _store(asked + at_rows, qt.to(asked.dtype.element_ty), keys, KEY, BS)
-    related = own[:, None] >= rows[None, :]
-    at = own[:, None] * L + rows[None, :]
     if ERASES:
-        tl.store(system + at, tl.where(related, erased, 0.0))
+        if not PAIRS:
+            rate = tl.load(a + own * a_t, mask=own_decays, other=0.0).to(tl.float32)
+            erased *= rate[:, None]
+        on_itself = tl.where(own[:, None] == rows[None, :], erased * 0.0, 0.0)  # 0, or NaN
+        erased = tl.where(own[:, None] > rows[None, :], erased, on_itself)
+        _put_system(system, erased, own, rows, L, PAIRS)
     if OUTPUTS:
-        tl.store(seen + at, tl.where(related, read_of, 0.0).to(seen.dtype.element_ty))
+        read_of = tl.where(own[:, None] >= rows[None, :], read_of, 0.0)
+        tl.store(seen + own[:, None] * L + rows[None, :], read_of.to(seen.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -44,6 +44,9 @@ PROGRAMS = 1024
 PART = 16
 """Rows that are related to earlier ones at once where keys forget much."""
 
+SOLVED = 16
+"""Rows of a block that is inverted row by row."""
+
 FIELDS = 7
 """Of what is measured."""
 
@@ -180,7 +183,7 @@ class _Scan:
         self.outputs, self.measure = outputs, measure
         self.rows = writes * r.time
         self.chunks = -(-self.rows // cut.chunk)
-        self.padded = self.chunks * cut.chunk
+        self.padded = -(-self.chunks // writes) * writes * cut.chunk  # of two writes two chunks go together
         self.pieces, self.across = -(-r.value // cut.walked), -(-r.key // cut.walked_keys)
         self.split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
         self.sizes = (self.rows, self.padded, self.chunks, r.batch)
@@ -278,11 +281,13 @@ class _Scan:
         )  # fmt: skip
 
     def _solve(self) -> None:
-        constants = self.whole | self.scaled | {"BS": self.cut.solved, "BV": self.cut.solved}
+        part = min(SOLVED, self.cut.chunk // self.writes)
+        constants = self.whole | self.scaled
+        constants |= {"PART": part, "BS": self.cut.solved, "BV": self.cut.solved}
         options = dict(self.usual)
         if self.cut.solve_registers and self.r.v.is_cuda and torch.version.cuda:
             options |= {"maxnreg": self.cut.solve_registers}
-        found = (self.system, self.through, self.values, *self.sizes)
+        found = (self.system, self.through, self.values, self.hard, *self.sizes)
         if self.writes == 2:
             grid = (-(-self.chunks // 2), self.r.heads, self.r.batch)
             self.launch(self.kernels.solve_pairs, grid, (*self.v, *self.weight, *found), constants, **options)

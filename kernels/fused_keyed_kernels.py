@@ -18,11 +18,14 @@ from .fused_tiles import (
     _finite,
     _halves,
     _halves_of_input,
-    _inverted,
+    _invert,
+    _invert_blocks,
+    _join,
     _keys,
     _load,
     _marked,
     _put,
+    _put_system,
     _shown,
     _since_bad,
     _split,
@@ -54,8 +57,9 @@ def relate(
     queries, decayed since the chunk began. ``kept`` is what all of the chunk forgets, ``halves`` what its
     first half does, base 2.
 
-    ``system`` and ``seen`` (batch, head, row, earlier row) are :math:`\sum_k e^{at_t - run_j} x_t k_j` for
-    :math:`j \le t`, where x is what erases, or the query: two factors for each row stand for what is
+    ``seen`` (batch, head, row, earlier row) is :math:`\sum_k e^{run_t - run_j} q_t k_j` for :math:`j \le t`,
+    and ``system`` likewise what each row erases of the writes of earlier ones, under the delta rule times
+    ``a``; rows that erase nothing are left out. Two factors for each row stand for what is
     forgotten between any two. Factors are counted from half of all that is forgotten, as far from 1 either
     way; where that is too far, in a second launch, WIDE, in two products from half of what is forgotten in
     each half of the rows. Where that is too far too, or something is not finite, the chunk is left to
@@ -146,41 +150,54 @@ def relate(
                 x *= tl.exp2(middle)
             high, low = _split(x, SPLIT)
             _put(high, low, through + at_rows, plane, keys, KEY, BS, SPLIT)
-    of_rows = weight
+    rate = tl.full((L,), 1.0, tl.float32)
     if ERASES and not PAIRS:
-        of_rows *= tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
-    known = tl.sum(of_rows * 0.0) + tl.sum(spoilt)  # NaN, or 0
+        rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
+    known = tl.sum(weight * rate * 0.0) + tl.sum(spoilt)  # NaN, or 0
     past = rows[:, None] >= rows[None, :]
-    erased, read_of = tl.where(past, erased, 0.0), tl.where(past, read_of, 0.0)
+    erased, read_of = tl.where(past, erased * rate[:, None], 0.0), tl.where(past, read_of, 0.0)
     fine = ((tl.abs(erased) < float("inf")) & (tl.abs(read_of) < float("inf"))).to(tl.int32)
     done = (tl.min(within) == 1) & (tl.min(fine) == 1) & (known == 0)
     tl.store(hard + of_chunk, tl.where(done, WIDE, WIDE + 1))
     if done:
-        at_rows = rows[:, None] * L + rows[None, :]
         if ERASES:
-            tl.store(system + row * L + at_rows, erased)
+            erased = tl.where(rows[:, None] > rows[None, :], erased, 0.0)
+            _put_system(system + row * L, erased, rows, rows, L, PAIRS)
         if OUTPUTS:
+            at_rows = rows[:, None] * L + rows[None, :]
             tl.store(seen + row * L + at_rows, read_of.to(seen.dtype.element_ty))
     elif WIDE:
         tl.store(listed + 1 + tl.atomic_add(listed, 1), of_chunk.to(tl.int32))
 
 
+@triton.jit
+def _without_bad(at, mask):
+    """Put 0 where something is not finite; return NaN for rows from the first such one on."""
+    found, fine = _finite(tl.load(at, mask=mask, other=0.0))
+    tl.debug_barrier()
+    tl.store(at, found, mask=mask)
+    tl.debug_barrier()
+    return _since_bad(fine == 0)[:, None]
+
+
 @triton.jit(do_not_specialize=SIZES)
 def solve(
-    v, v_b, v_t, v_h, scale, w_b, w_t, w_h, a, a_b, a_t, a_h, system, through, values,
+    v, v_b, v_t, v_h, scale, w_b, w_t, w_h, a, a_b, a_t, a_h, system, through, values, hard,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     r"""Find what each chunk writes, whatever state enters it, all chunks at once.
 
-    With :math:`T = (I - M)^{-1}`, where :math:`M` is ``system`` without its diagonal, and :math:`X`, which is
-    ``through`` (:func:`relate`), both times ``a`` under the delta rule,
+    With :math:`T = (I - M)^{-1}`, where :math:`M` is ``system`` (:func:`relate`), and :math:`X`, which is
+    ``through`` times ``a``,
 
     .. math:: U = T W V + T X S_{in}, \qquad S_{out} = \operatorname{diag}(e^{G_L}) S_{in} + K_{rem}^\top U .
 
-    ``values`` is :math:`T W V`, and :math:`T X` takes the place of ``through``. Grid: (chunks, heads, batch).
+    ``values`` is :math:`T W V`; :math:`T X` takes the place of ``through``, and T that of ``system``.
+    Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -191,13 +208,18 @@ def solve(
     v += batch * v_b + chunk * L * v_t + head * v_h
     a += batch * a_b + chunk * L * a_t + head * a_h
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
-    down, across = _unknown(L, ROWS, PADDED)
-    rate = tl.load(a + rows * a_t, mask=there, other=0.0).to(tl.float32)
     through += row * KEY
     values += row * VALUE
-    system = tl.load(system + row * L + (rows[:, None] * L + rows[None, :]))
-    inverse = _inverted(system, rate, down, across, L, SPLIT, PRECISION)
-    rate = tl.where(tl.abs(rate) < float("inf"), rate, 0.0)
+    system += row * L
+    square = rows[:, None] * L + rows[None, :]
+    rate = tl.load(a + rows * a_t, mask=there, other=0.0).to(tl.float32)
+    usable = tl.abs(rate) < float("inf")
+    rate = tl.where(usable, rate, 0.0)
+    mark = _since_bad(~usable)[:, None]
+    if tl.load(hard + (batch * HEADS + head) * CHUNKS + chunk) == 2:
+        mark += _without_bad(system + square, (rows < L)[:, None])
+    _invert(system, L, PART, SPLIT, PRECISION)
+    inverse = tl.load(system + square) + mark
     to_keys, to_keys_low = _split(inverse * rate[None, :], SPLIT)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
@@ -207,7 +229,7 @@ def solve(
         found = _by_halves(to_keys, to_keys_low, xt, xt_low, found, SPLIT, PRECISION)
         found, found_low = _split(found, SPLIT)
         _put(found, found_low, at, plane, keys, KEY, BS, SPLIT)
-    mark = tl.zeros((L, 1), tl.float32)
+    mark = tl.zeros((L, 1), tl.float32)  # that of rates is in the inverse
     if HAS_SCALE:
         scale += batch * w_b + chunk * L * w_t + head * w_h
         weight = tl.load(scale + rows * w_t, mask=there, other=0.0).to(tl.float32)
@@ -226,39 +248,50 @@ def solve(
 
 @triton.jit(do_not_specialize=SIZES)
 def solve_pairs(
-    v, v_b, v_t, v_h, scale, w_b, w_t, w_h, system, through, values,
+    v, v_b, v_t, v_h, scale, w_b, w_t, w_h, system, through, values, hard,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Find what :func:`solve` does where every token makes two rows, for two chunks at once.
 
     Only the first row of a token erases, so both chunks together have as many as a chunk has rows. What the
-    second writes is its value. Grid: (pairs of chunks, heads, batch).
+    second writes is its value. Buffers have room for an even number of chunks. Grid: (pairs of chunks, heads,
+    batch).
     """
+    half: tl.constexpr = L // 2
     pair = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     rows = tl.arange(0, L)
-    half: tl.constexpr = L // 2
-    tokens = tl.minimum(ROWS // 2 - pair * L, L).to(tl.int32)
-    padded = rows < tl.minimum(PADDED // 2 - pair * L, L).to(tl.int32)
+    there = rows < tl.minimum(ROWS // 2 - pair * L, L).to(tl.int32)  # tokens
+    exists = pair * 2 + rows // half < CHUNKS
     row = (batch * HEADS + head) * PADDED + pair * (2 * L)
     v += batch * v_b + pair * L * v_t + head * v_h
     through += row * KEY
     values += row * VALUE
+    system += row * L
+    hard += (batch * HEADS + head) * CHUNKS + pair * 2
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
-    down, across = _unknown(L, ROWS, PADDED)
-    own = (rows[:, None] // half == rows[None, :] // half) & padded[:, None]
-    system += row * L + rows[:, None] * (2 * L) + rows[None, :] % half * 2
-    rate = tl.full((L,), 1.0, tl.float32)
-    inverse = _inverted(tl.load(system, mask=own, other=0.0), rate, down, across, half, SPLIT, PRECISION)
+    own = (rows[:, None] // half == rows[None, :] // half) & exists[:, None]
+    square = (rows // half * (L * L) + rows % half * (2 * L))[:, None] + rows[None, :] % half * 2
+    mark = tl.zeros((L, 1), tl.float32)
+    if (tl.load(hard) == 2) | (tl.load(hard + 1, mask=pair * 2 + 1 < CHUNKS, other=0) == 2):
+        mark += _without_bad(system + square, own)
+        mark += _without_bad(system + square + 1, own)
+    blocks = rows // half * (L * L) + rows % half // PART * (PART * L + PART) * 2
+    _invert_blocks(system + blocks, L, PART, 2)
+    if half > PART:
+        _join(system, PART, L, 2, SPLIT, PRECISION)
+        _join(system + L * L, PART, L, 2, SPLIT, PRECISION)
+        tl.debug_barrier()
+    inverse = tl.load(system + square, mask=own, other=0.0) + mark
     inverse, inverse_low = _split(inverse, SPLIT)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
         at = through + rows[:, None] * (2 * KEY) + keys[None, :]
-        shown = _shown(padded, keys, KEY, BS)
+        shown = _shown(exists, keys, KEY, BS)
         xt = tl.load(at, mask=shown, other=0.0)
         xt_low = xt
         if SPLIT:
@@ -269,26 +302,26 @@ def solve_pairs(
         tl.store(at, found, mask=shown)
         if SPLIT:
             tl.store(at + plane, found_low, mask=shown)
-    erased, _fine = _finite(tl.load(system + 1, mask=own, other=0.0))
-    mark = tl.zeros((L, 1), tl.float32)
+    erased = tl.load(system + square + 1, mask=own, other=0.0)
+    mark = tl.zeros((L, 1), tl.float32)  # that of rows is in the inverse
     weight = tl.full((L,), 1.0, tl.float32)
     if HAS_SCALE:
         scale += batch * w_b + pair * L * w_t + head * w_h
-        weight = tl.load(scale + rows * w_t, mask=rows < tokens, other=0.0).to(tl.float32)
+        weight = tl.load(scale + rows * w_t, mask=there, other=0.0).to(tl.float32)
         usable = tl.abs(weight) < float("inf")
         mark = _since_bad(~usable)[:, None]
         erased *= tl.where(usable, weight, 0.0)[None, :]
-    erased, erased_low = _split(tl.where(down > across, erased, 0.0), SPLIT)
+    erased, erased_low = _split(erased, SPLIT)
     for start in range(0, VALUE, BV):
         columns = start + tl.arange(0, BV)
-        shown = _shown(rows < tokens, columns, VALUE, BV)
+        shown = _shown(there, columns, VALUE, BV)
         vt = tl.load(v + rows[:, None] * v_t + columns[None, :], mask=shown, other=0.0)
         u, bad_from = _marked(vt)
         u = _halves_of_input(erased, erased_low, u, tl.zeros((L, BV), tl.float32), SPLIT, PRECISION)
         u, u_low = _split(u, SPLIT)
         u = _by_halves(inverse, inverse_low, u, u_low, bad_from + mark, SPLIT, PRECISION)
         at = values + rows[:, None] * (2 * VALUE) + columns[None, :]
-        shown = _shown(padded, columns, VALUE, BV)
+        shown = _shown(exists, columns, VALUE, BV)
         tl.store(at, u, mask=shown)
         tl.store(at + VALUE, vt.to(tl.float32) * weight[:, None], mask=shown)
 

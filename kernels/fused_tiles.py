@@ -179,33 +179,61 @@ def _within(halfway, total, MOST: tl.constexpr):
 
 
 @triton.jit
-def _inverse(system, down, across, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    r"""Invert :math:`I - M` for a strictly lower :math:`M`, rows ``down`` and ``across`` (:func:`_unknown`).
-
-    Of diagonal blocks of two the inverse is :math:`I + M`; then blocks two by two, :math:`D + D M_{10} D`.
-    """
-    m, m_low = _split(system, SPLIT)
-    found = tl.where(down // 2 == across // 2, system, 0.0) + tl.where(down == across, 1.0, 0.0)
-    found = _joined(found, m, m_low, down, across, 2, SPLIT, PRECISION)
-    found = _joined(found, m, m_low, down, across, 4, SPLIT, PRECISION)
-    found = _joined(found, m, m_low, down, across, 8, SPLIT, PRECISION)
-    if L > 16:
-        found = _joined(found, m, m_low, down, across, 16, SPLIT, PRECISION)
-    if L > 32:
-        found = _joined(found, m, m_low, down, across, 32, SPLIT, PRECISION)
-    return found
+def _put_system(system, erased, rows, columns, L: tl.constexpr, PAIRS: tl.constexpr):
+    """Store what rows erase of earlier writes; with PAIRS only first rows of tokens do."""
+    at = system + rows[:, None] * L + columns[None, :]
+    if PAIRS:
+        tl.store(at, erased, mask=(rows % 2 == 0)[:, None])
+    else:
+        tl.store(at, erased)
 
 
 @triton.jit
-def _joined(
-    found, m, m_low, down, across, SIZE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+def _invert_blocks(blocks, L: tl.constexpr, PART: tl.constexpr, STEP: tl.constexpr):
+    """Invert I - M in place, in blocks of PART rows; ``blocks`` is where that of each column begins.
+
+    Rows lie STEP * L apart, entries of a row STEP.
+    """
+    column = tl.arange(0, blocks.shape[0]) % PART
+    found = ()
+    for row in tl.static_range(PART):
+        entry = tl.where(column == row, 1.0, 0.0)
+        for earlier in tl.static_range(row):
+            entry = tl.fma(tl.load(blocks + (row * L + earlier) * STEP), found[earlier], entry)
+        found = found + (entry,)  # noqa: RUF005 - triton has no other way
+    tl.debug_barrier()
+    for row in tl.static_range(PART):
+        tl.store(blocks + (row * L + column) * STEP, found[row])
+    tl.debug_barrier()
+
+
+@triton.jit
+def _join(
+    system, SIZE: tl.constexpr, L: tl.constexpr, STEP: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Join inverses of diagonal blocks of a size two by two."""
-    high, low = _split(found, SPLIT)
-    below = _by_halves(high, low, m, m_low, tl.zeros(found.shape, tl.float32), SPLIT, PRECISION)
-    pairs = (down // (2 * SIZE) == across // (2 * SIZE)) & (down // SIZE > across // SIZE)
-    below, below_low = _split(tl.where(pairs, below, 0.0), SPLIT)
-    return _by_halves(below, below_low, high, low, found, SPLIT, PRECISION)
+    r"""Below two blocks on the diagonal that are inverted, find the inverse :math:`D_1 M_{10} D_0`."""
+    part = tl.arange(0, SIZE)
+    at = system + (part[:, None] * L + part[None, :]) * STEP
+    below = tl.load(at + SIZE * L * STEP)
+    below = _exact(below, tl.load(at), tl.zeros((SIZE, SIZE), tl.float32), SPLIT, PRECISION)
+    after = tl.load(at + SIZE * (L + 1) * STEP)
+    below = _exact(after, below, tl.zeros((SIZE, SIZE), tl.float32), SPLIT, PRECISION)
+    tl.debug_barrier()
+    tl.store(at + SIZE * L * STEP, below)
+
+
+@triton.jit
+def _invert(system, L: tl.constexpr, PART: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Invert I - M in place for a strictly lower M: blocks on the diagonal row by row, then two by two."""
+    lanes = tl.arange(0, L)
+    _invert_blocks(system + lanes // PART * (PART * L + PART), L, PART, 1)
+    for first in tl.static_range(0, L - PART, 2 * PART):
+        _join(system + first * (L + 1), PART, L, 1, SPLIT, PRECISION)
+    tl.debug_barrier()
+    if L > 2 * PART:
+        _join(system, 2 * PART, L, 1, SPLIT, PRECISION)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -293,14 +321,3 @@ def _between(local, rows):
     """What survives from each earlier row, across, to each row, down; 1 where it is not earlier."""
     past = rows[:, None] >= rows[None, :]
     return tl.exp2(tl.where(past, local[:, None] - local[None, :], 0.0))
-
-
-@triton.jit
-def _inverted(system, rate, down, across, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Invert I - M, M being ``system`` times ``rate``: NaN from the first row on that is not finite."""
-    found, fine = _finite(system)
-    found *= rate[:, None]
-    fine = tl.where(tl.abs(rate) < float("inf"), fine, 0)
-    mark = _since_bad(fine == 0)[:, None]
-    found = tl.where((down > across) & (mark == mark), found, 0.0)
-    return _inverse(found, down, across, L, SPLIT, PRECISION) + mark

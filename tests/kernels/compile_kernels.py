@@ -147,13 +147,14 @@ def erasing(
     if keyed:
         measured = {"BS": cut.measured, "BV": cut.measured_columns}
         solving = {} if target != "sm_90" else {"maxnreg": cut.solve_registers}
+        solved = {"PART": fused_keyed.SOLVED, "BS": cut.solved, "BV": cut.solved}
         parts = {"PART": fused_keyed.PART, "BS": cut.part, "BV": cut.part}
         few = {"num_warps": cut.part_warps, "num_stages": cut.part_stages}
         launches = [
             ("relate", {"BS": cut.related, "WIDE": False}, usual),
             ("relate wide", {"BS": cut.related, "WIDE": True}, usual),
-            ("solve", {"BS": cut.solved, "BV": cut.solved}, usual | solving),
-            ("solve_pairs", {"BS": cut.solved, "BV": cut.solved}, usual | solving),
+            ("solve", solved, usual | solving),
+            ("solve_pairs", solved, usual | solving),
             ("walk", walked | {"BLOCKS": -(-HEADS["VALUE"] // cut.walked)}, {"num_warps": cut.warps}),
             ("read", {"BS": cut.read_keys, "BV": cut.read_columns}, usual),
             ("measure", measured | {"WIDE": False}, usual | {"num_stages": cut.measure_stages}),
