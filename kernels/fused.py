@@ -38,7 +38,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from . import fused_entries, fused_erasing
+from . import fused_alike, fused_entries, fused_erasing
 from .interface import ScanOutput, Steps
 from .rates import Rated
 from .rows import by_rows
@@ -108,15 +108,17 @@ def scan(
     if not all(0 <= p < recurrence.time for p in positions):
         raise ValueError(f"positions {list(positions)} do not all lie in 0 to {recurrence.time - 1}")
     with torch.cuda.device(recurrence.v.device) if recurrence.v.is_cuda else contextlib.nullcontext():
-        if recurrence.erases or not recurrence.scalar_decay:
-            q, k, v = (by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
-            if (g := recurrence.log_decay).ndim == 5:
-                g = Rated(by_rows(g.step), g.rate.contiguous()) if isinstance(g, Rated) else g
-                r = recurrence.replace(q=q, k=k, v=v, log_decay=g)
-                return fused_entries.scan(r, outputs, measure, positions)
-            modern = _interpreted() or _bulk_copies(recurrence.v)
-            return fused_erasing.scan(recurrence, q, k, v, outputs, measure, positions, modern)
-        return _Scan(recurrence, outputs, measure).run(positions)
+        modern = _interpreted() or _bulk_copies(recurrence.v)
+        if recurrence.scalar_decay and not recurrence.erases and not fused_alike.wins(recurrence, modern):
+            return _Scan(recurrence, outputs, measure).run(positions)
+        q, k, v = (by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
+        if (g := recurrence.log_decay).ndim == 5:
+            g = Rated(by_rows(g.step), g.rate.contiguous()) if isinstance(g, Rated) else g
+            r = recurrence.replace(q=q, k=k, v=v, log_decay=g)
+            return fused_entries.scan(r, outputs, measure, positions)
+        alike = recurrence.scalar_decay and (recurrence.delta_rule or not recurrence.erases)
+        serves = fused_alike if alike else fused_erasing
+        return serves.scan(recurrence, q, k, v, outputs, measure, positions, modern)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,473 @@
+"""The device code of :mod:`statescope.kernels.fused_alike`; importing it needs triton.
+
+Base-2 logarithms as in :mod:`statescope.kernels.fused_kernels`. Buffers between the launches are (..., batch,
+head, padded row, ...), where padding decays nothing and writes nothing. With SPLIT operands are bfloat16, and
+what feeds back is multiplied in halves; otherwise all is float32.
+
+A product over rows takes a NaN or an infinity to earlier ones (0 * NaN is NaN). Whatever is not finite stays
+in the state for good, so the last state tells which heads have to be walked and read again with CAREFUL: rows
+from the first such one on are then marked instead, column by column.
+"""
+
+import triton
+import triton.language as tl
+
+from .fused_erasing_kernels import (
+    SIZES,
+    _between,
+    _by_halves,
+    _decay_of_rows,
+    _exact,
+    _finite,
+    _first_exact,
+    _marked,
+    _since_bad,
+    _split,
+    _unknown,
+)
+
+PART = tl.constexpr(16)
+"""Rows of a diagonal block that is inverted row by row."""
+
+
+@triton.jit
+def _tile(x, x_t, rows, there, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Load a block of columns of rows that are there, zero elsewhere."""
+    mask = there[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(x + rows[:, None] * x_t + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _state(states, keys, columns, KEY: tl.constexpr, VALUE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Load a block of a state, zero where there is none."""
+    at = states + keys[:, None] * VALUE + columns[None, :]
+    if KEY % BK == 0 and VALUE % BV == 0:
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=(keys < KEY)[:, None] & (columns < VALUE)[None, :], other=0.0)
+    return found
+
+
+@triton.jit
+def _operand(x, SPLIT: tl.constexpr):
+    """An input, or what is only read, as products take it."""
+    return x.to(tl.bfloat16 if SPLIT else tl.float32)
+
+
+@triton.jit
+def _inverse(system, scratch, down, across, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    r"""Invert :math:`I - M` for a strictly lower :math:`M`, rows ``down`` and ``across`` (:func:`_unknown`).
+
+    Diagonal blocks are inverted in ``scratch``, then joined two by two, :math:`D + D M_{10} D`.
+    """
+    apart = down ^ across  # of rows of one block, or one pair of blocks, less than its size
+    at = scratch + down * PART + (across & (PART - 1))
+    tl.store(at, system, mask=apart < PART)
+    tl.debug_barrier()
+    _invert_blocks(scratch, L)
+    tl.debug_barrier()
+    found = tl.load(at, mask=apart < PART, other=0.0)
+    if L > 16:
+        found = _joined(found, system, apart, 16, SPLIT, PRECISION)
+    if L > 32:
+        found = _joined(found, system, apart, 32, SPLIT, PRECISION)
+    return found
+
+
+@triton.jit
+def _invert_blocks(scratch, L: tl.constexpr):
+    """Invert I - M in place for every block of rows, each column by itself, row by row."""
+    lanes = tl.arange(0, L)
+    column = lanes % PART
+    block = scratch + lanes // PART * (PART * PART)
+    found = ()
+    for row in tl.static_range(PART):
+        entry = tl.where(column == row, 1.0, 0.0)
+        for earlier in tl.static_range(row):
+            entry += tl.load(block + row * PART + earlier) * found[earlier]
+        found = (*found, entry)
+    tl.debug_barrier()
+    for row in tl.static_range(PART):
+        tl.store(block + row * PART + column, found[row])
+
+
+@triton.jit
+def _joined(found, system, apart, SIZE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Join inverses of diagonal blocks of a size two by two."""
+    below = tl.where(apart // SIZE == 1, system, 0.0)
+    below = _exact(below, found, tl.zeros_like(found), SPLIT, PRECISION)
+    return _exact(found, below, found, SPLIT, PRECISION)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def prepare(
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, a, a_b, a_t, a_h,
+    since, survives, rate, weight, key_square, key_sum, seen, met, scratch, inverse,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
+    L: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, OUTPUTS: tl.constexpr, MEASURE: tl.constexpr,
+):  # fmt: skip
+    r"""Relate the rows of each chunk, all chunks at once; nothing here depends on values or states.
+
+    With :math:`G_t` the running sum of the log decay, ``since`` is :math:`e^{G_t}` and ``survives``
+    :math:`e^{G_L - G_t}`. ``seen`` and ``met``, (row, earlier row), are what the query and the key of a row
+    read of an earlier write, :math:`e^{G_t - G_j} q_t \cdot k_j` for :math:`j \le t` and :math:`e^{G_t - G_j}
+    k_t \cdot k_j` for :math:`j < t`. Where nothing is erased, all but ``since`` have the writes' scale in
+    them. Under the delta rule row ``t`` erases :math:`M_{tj} = a_t e^{G_t - G_j} k_t \cdot k_j` of the write
+    of row ``j``: ``inverse`` is :math:`(I - M)^{-1} - I`, ``rate`` :math:`a_t e^{G_t}`, and ``scratch`` (row,
+    16) is for the work. ``key_square`` and ``key_sum`` are sums over each key. Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, L)
+    here = rows < tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    row = (batch * HEADS + head) * PADDED + chunk * L
+    q += batch * q_b + chunk * L * q_t + (head // (HEADS // GROUPS)) * q_g
+    k += batch * k_b + chunk * L * k_t + (head // (HEADS // GROUPS)) * k_g
+    log_decay += batch * g_b + chunk * L * g_t + head * g_h
+    pace, run = _decay_of_rows(log_decay, g_t, rows, here)
+    scaled = tl.full((L,), 1.0, tl.float32)
+    if HAS_SCALE:
+        scaled = tl.load(scale + batch * w_b + (chunk * L + rows) * w_t + head * w_h, mask=here, other=0.0)
+        scaled = scaled.to(tl.float32)
+    read_of = tl.zeros((L, L), tl.float32)
+    of_keys = tl.zeros((L, L), tl.float32)
+    squares = tl.zeros((L,), tl.float32)
+    sums = tl.zeros((L,), tl.float32)
+    for start in range(0, KEY, BS):
+        keys = start + tl.arange(0, BS)
+        kt = _operand(_tile(k, k_t, rows, here, keys, KEY, BS), SPLIT)
+        if OUTPUTS:
+            qt = _operand(_tile(q, q_t, rows, here, keys, KEY, BS), SPLIT)
+            read_of = tl.dot(qt, tl.trans(kt), read_of, input_precision=PRECISION)
+        if MEASURE or ERASES:
+            of_keys = tl.dot(kt, tl.trans(kt), of_keys, input_precision=PRECISION)
+        if MEASURE:
+            kt = kt.to(tl.float32)
+            squares += tl.sum(kt * kt, 1)
+            sums += tl.sum(kt, 1)
+    left = tl.exp2(tl.cumsum(pace, 0, reverse=True) - pace)
+    between = _between(run, rows)
+    if not ERASES:
+        left *= scaled
+        between *= scaled[None, :]
+    tl.store(since + row + rows, tl.exp2(run))
+    tl.store(survives + row + rows, left)
+    square = (row + rows)[:, None] * L + rows[None, :]
+    if OUTPUTS:
+        read_of = tl.where(rows[:, None] >= rows[None, :], read_of * between, 0.0)
+        tl.store(seen + square, read_of.to(seen.dtype.element_ty))
+    if MEASURE:
+        read_of = tl.where(rows[:, None] > rows[None, :], of_keys * between, 0.0)
+        tl.store(met + square, read_of.to(met.dtype.element_ty))
+        tl.store(key_square + row + rows, squares)
+        tl.store(key_sum + row + rows, sums)
+    if ERASES:
+        erases = tl.load(a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=here, other=0.0)
+        erases = erases.to(tl.float32)
+        tl.store(rate + row + rows, erases * tl.exp2(run))
+        tl.store(weight + row + rows, scaled)
+        down, across = _unknown(L, ROWS, PADDED)
+        past = down > across
+        system, fine = _finite(tl.where(past, of_keys * between, 0.0))
+        fine = tl.where(tl.abs(erases) < float("inf"), fine, 0)
+        mark = _since_bad(fine == 0)[:, None]
+        system = tl.where(past & (mark == mark), system * erases[:, None], 0.0)
+        found = _inverse(system, scratch + row * PART, down, across, L, SPLIT, PRECISION)
+        found = tl.where(past, found, 0.0) + mark
+        found, found_low = _split(found, SPLIT)
+        tl.store(inverse + square, found)
+        if SPLIT:
+            plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * L
+            tl.store(inverse + plane + square, found_low)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def walk(
+    k, k_b, k_t, k_g, v, v_b, v_t, v_h, since, survives, rate, weight, inverse, initial, final, states,
+    values, energy, square, total, removed, entered, written, slots, spoiled,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    ERASES: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE: tl.constexpr, MEASURE: tl.constexpr,
+    KEEP: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    r"""Walk all chunks with a block of the state in registers: some columns, and some keys if none erases.
+
+    With :math:`R_t = a_t e^{G_t} S_{in}^\top k_t`, what is erased is :math:`Z = R + ((I - M)^{-1} - I)(W V +
+    R)`, and what is written :math:`U = W V + Z`. ``values`` is U, as reading takes it; ``square``, ``total``
+    and ``removed`` (block, batch, head, row) are the sums of :math:`U^2`, U and :math:`Z^2` over columns.
+    ``states`` (batch, head, chunk, key, value) is the state that enters each chunk, and ``energy`` (2, batch,
+    head, chunk, block, key) the energy of each of its rows in these columns, and the sum of its entries.
+    With KEEP ``entered`` (kept, batch, head, key, value) and ``written`` (kept, batch, head, row, value) are
+    states and U, in float32, of chunks whose entry of ``slots`` is not -1.
+
+    ``spoiled`` (batch, head) is set where the last state is not finite; with CAREFUL those heads are walked
+    again. Grid: (head * blocks of columns and keys, batch).
+    """
+    blocks: tl.constexpr = (VALUE + BV - 1) // BV
+    across: tl.constexpr = (KEY + BK - 1) // BK
+    head = tl.program_id(0) // (blocks * across)
+    block = tl.program_id(0) // across % blocks
+    part = tl.program_id(0) % across
+    batch = tl.program_id(1).to(tl.int64)
+    own = batch * HEADS + head
+    if CAREFUL:
+        if tl.load(spoiled + own) == 0:
+            return
+    rows = tl.arange(0, L)
+    keys = part * BK + tl.arange(0, BK)
+    columns = block * BV + tl.arange(0, BV)
+    inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
+    shown = (columns < VALUE)[None, :] & (rows < L)[:, None]
+    of_state = keys[:, None] * VALUE + columns[None, :]
+    of_values = rows[:, None] * VALUE + columns[None, :]
+    square_of = rows[:, None] * L + rows[None, :]
+    if HAS_INITIAL:
+        state = tl.load(initial + own * (KEY * VALUE) + of_state, mask=inside, other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros((BK, BV), tl.float32)
+    k += batch * k_b + (head // (HEADS // GROUPS)) * k_g
+    v += batch * v_b + head * v_h
+    since += own * PADDED
+    survives += own * PADDED
+    rate += own * PADDED
+    weight += own * PADDED
+    inverse += own * PADDED * L
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * L
+    states += own * CHUNKS * (KEY * VALUE)
+    values += own * PADDED * VALUE
+    entries = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (blocks * KEY)
+    energy += (own * CHUNKS * blocks + block) * KEY
+    sums = ((tl.zeros((), tl.int64) + block) * BATCH * HEADS + own) * PADDED
+    square += sums
+    total += sums
+    removed += sums
+    for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
+        if KEEP:
+            slot = tl.load(slots + chunk).to(tl.int64) * BATCH * HEADS + own
+            kept = tl.load(slots + chunk) >= 0
+            if kept:
+                tl.store(entered + slot * (KEY * VALUE) + of_state, state, mask=inside)
+        if STORE:
+            tl.store(states + of_state, state.to(states.dtype.element_ty), mask=inside)
+        if MEASURE:
+            tl.store(energy + keys, tl.sum(state * state, 1), mask=keys < KEY)
+            tl.store(energy + entries + keys, tl.sum(state, 1), mask=keys < KEY)
+        there = rows < ROWS - chunk * L
+        kt = _operand(_tile(k, k_t, rows, there, keys, KEY, BK), SPLIT)
+        u = _tile(v, v_t, rows, there, columns, VALUE, BV).to(tl.float32)
+        if ERASES:
+            u *= tl.load(weight + rows)[:, None]
+            erased = _first_exact(kt, state, tl.zeros((L, BV), tl.float32), SPLIT, PRECISION)
+            erased *= tl.load(rate + rows)[:, None]
+            asked = u + erased
+            if CAREFUL:
+                asked, mark = _marked(asked)
+                erased += mark
+            asked, asked_low = _split(asked, SPLIT)
+            inverted = tl.load(inverse + square_of)
+            inverted_low = inverted
+            if SPLIT:
+                inverted_low = tl.load(inverse + plane + square_of)
+            erased = _by_halves(inverted, inverted_low, asked, asked_low, erased, SPLIT, PRECISION)
+            u += erased
+            if STORE:
+                tl.store(values + of_values, u.to(values.dtype.element_ty), mask=shown)
+            if KEEP:
+                if kept:
+                    tl.store(written + slot * (L * VALUE) + of_values, u, mask=shown)
+            if MEASURE:
+                tl.store(square + rows, tl.sum(u * u, 1))
+                tl.store(total + rows, tl.sum(u, 1))
+                tl.store(removed + rows, tl.sum(erased * erased, 1))
+        state *= tl.load(since + L - 1)
+        u *= tl.load(survives + rows)[:, None]
+        state = _first_exact(tl.trans(kt), u, state, SPLIT, PRECISION)
+        k += L * k_t
+        v += L * v_t
+        since += L
+        survives += L
+        rate += L
+        weight += L
+        inverse += L * L
+        states += KEY * VALUE
+        values += L * VALUE
+        energy += blocks * KEY
+        square += L
+        total += L
+        removed += L
+    tl.store(final + own * (KEY * VALUE) + of_state, state, mask=inside)
+    if not CAREFUL:
+        bad = ~(tl.abs(state) < float("inf"))
+        tl.atomic_max(spoiled + own, tl.max(tl.max(bad.to(tl.int32), 1), 0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def read(
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h,
+    since, seen, met, states, spoiled, skip, y, crossed, square, total,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    ERASES: tl.constexpr, HAS_SKIP: tl.constexpr, OUTPUTS: tl.constexpr, MEASURE: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
+    r"""Read each chunk with its queries and, before the row's own write, with its keys.
+
+    .. math:: y_t = e^{G_t} S_{in}^\top q_t + \sum_{j \le t} P_{tj} u_j + d v_t, \qquad
+        D_t^\top k_t = e^{G_t} S_{in}^\top k_t + \sum_{j < t} Q_{tj} u_j,
+
+    where P is ``seen`` and Q ``met`` (:func:`prepare`). ``crossed`` (piece, batch, head, row) is the product
+    of the latter with :math:`u_t`, whose columns ``square`` and ``total``, alike, sum up where nothing is
+    erased. Grid: (chunks * pieces of columns, heads, batch).
+    """
+    pieces: tl.constexpr = (VALUE + BV - 1) // BV
+    chunk = (tl.program_id(0) // pieces).to(tl.int64)
+    piece = tl.program_id(0) % pieces
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    own = batch * HEADS + head
+    if CAREFUL:
+        if tl.load(spoiled + own) == 0:
+            return
+    rows = tl.arange(0, L)
+    here = rows < tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    columns = piece * BV + tl.arange(0, BV)
+    row = own * PADDED + chunk * L
+    q += batch * q_b + chunk * L * q_t + (head // (HEADS // GROUPS)) * q_g
+    k += batch * k_b + chunk * L * k_t + (head // (HEADS // GROUPS)) * k_g
+    v += batch * v_b + chunk * L * v_t + head * v_h
+    u += batch * u_b + chunk * L * u_t + head * u_h
+    states += (own * CHUNKS + chunk) * (KEY * VALUE)
+    out = tl.zeros((L, BV), tl.float32)
+    stored = tl.zeros((L, BV), tl.float32)
+    for start in range(0, KEY, BS):
+        keys = start + tl.arange(0, BS)
+        state = _state(states, keys, columns, KEY, VALUE, BS, BV)
+        if OUTPUTS:
+            qt = _operand(_tile(q, q_t, rows, here, keys, KEY, BS), SPLIT)
+            out = tl.dot(qt, state, out, input_precision=PRECISION)
+        if MEASURE:
+            kt = _operand(_tile(k, k_t, rows, here, keys, KEY, BS), SPLIT)
+            stored = tl.dot(kt, state, stored, input_precision=PRECISION)
+    of_rows = tl.load(since + row + rows)[:, None]
+    ut = _operand(_tile(u, u_t, rows, here, columns, VALUE, BV), SPLIT)
+    known = ut
+    if CAREFUL:
+        known, mark = _marked(ut)
+    of_square = (row + rows)[:, None] * L + rows[None, :]
+    if OUTPUTS:
+        out = tl.dot(tl.load(seen + of_square), known, out * of_rows, input_precision=PRECISION)
+        if CAREFUL:
+            out += mark
+        if HAS_SKIP:
+            vt = _tile(v, v_t, rows, here, columns, VALUE, BV).to(tl.float32)
+            out += tl.load(skip + head).to(tl.float32) * vt
+        at = ((batch * ROWS + chunk * L + rows[:, None]) * HEADS + head) * VALUE + columns[None, :]
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=here[:, None] & (columns < VALUE)[None, :])
+    if MEASURE:
+        stored = tl.dot(tl.load(met + of_square), known, stored * of_rows, input_precision=PRECISION)
+        if CAREFUL:
+            stored += mark
+        ut = ut.to(tl.float32)
+        at = ((tl.zeros((), tl.int64) + piece) * BATCH * HEADS) * PADDED + row + rows
+        tl.store(crossed + at, tl.sum(stored * ut, 1))
+        if not ERASES:
+            tl.store(square + at, tl.sum(ut * ut, 1))
+            tl.store(total + at, tl.sum(ut, 1))
+
+
+@triton.jit
+def _sum_of(x, at, plane, COUNT: tl.constexpr):
+    """Add up what lies in planes one after the other."""
+    found = tl.load(x + at)
+    for i in tl.static_range(1, COUNT):
+        found += tl.load(x + i * plane + at)
+    return found
+
+
+@triton.jit
+def _positive(x):
+    """Raise to 0 what rounding has left below; not by maximum(), which may drop a NaN."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def measure(
+    scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, a, a_b, a_t, a_h,
+    since, key_square, key_sum, square, total, removed, crossed, energy, found,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    L: tl.constexpr, BE: tl.constexpr, BLOCKS: tl.constexpr, SUMS: tl.constexpr, PIECES: tl.constexpr,
+    ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    r"""Follow energy and sum of the state through each chunk.
+
+    .. math::
+
+        |D_t|^2 &= e^{2 G_t} |S_{in}|^2 + \sum_{j < t} e^{2 (G_t - G_j)} (2 \langle D_j, U_j \rangle +
+            |U_j|^2) , \qquad |U_t| = |k_t| |u_t| \\
+        \Sigma S_t &= e^{G_t} \Sigma S_{in} + \sum_{j \le t} e^{G_t - G_j} (\Sigma k_j) (\Sigma u_j)
+
+    ``energy`` is what :func:`walk` found in ``BLOCKS`` blocks, the sums over columns lie in ``SUMS``, and
+    ``crossed`` in ``PIECES`` parts. ``found`` is (field, batch, row, head): the norms of write and state, the
+    mean, the overlap and, under the delta rule, the two of
+    :attr:`statescope.kernels.interface.ScanOutput.erased`. Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    own = batch * HEADS + head
+    rows = tl.arange(0, L)
+    here = rows < tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED
+    row = own * PADDED + chunk * L + rows
+    run = _decay_of_rows(log_decay + batch * g_b + chunk * L * g_t + head * g_h, g_t, rows, here)[1]
+    cross = _sum_of(crossed, row, plane, PIECES)
+    squares = _sum_of(square, row, plane, SUMS)
+    sums = _sum_of(total, row, plane, SUMS)
+    if HAS_SCALE and not ERASES:
+        weight = tl.load(scale + batch * w_b + (chunk * L + rows) * w_t + head * w_h, mask=here, other=0.0)
+        weight = weight.to(tl.float32)
+        cross *= weight
+        squares *= weight * weight
+        sums *= weight
+    key_squares = tl.load(key_square + row)
+    written = key_squares * squares
+    gained = 2 * cross + written
+    added = tl.load(key_sum + row) * sums
+    entries = tl.zeros((BE,), tl.float32)
+    squares = tl.zeros((BE,), tl.float32)
+    at = energy + (own * CHUNKS + chunk) * (BLOCKS * KEY)
+    entering = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (BLOCKS * KEY)
+    for start in range(0, BLOCKS * KEY, BE):
+        place = start + tl.arange(0, BE)
+        squares += tl.load(at + place, mask=place < BLOCKS * KEY, other=0.0)
+        entries += tl.load(at + entering + place, mask=place < BLOCKS * KEY, other=0.0)
+    between = _between(run, rows)
+    of_rows = tl.load(since + row)
+    past = tl.where(rows[:, None] > rows[None, :], between * between * gained[None, :], 0.0)
+    decayed = _positive(of_rows * of_rows * tl.sum(squares, 0) + tl.sum(past, 1))
+    past = tl.where(rows[:, None] >= rows[None, :], between * added[None, :], 0.0)
+    mean = (of_rows * tl.sum(entries, 0) + tl.sum(past, 1)) / (KEY * VALUE)
+    write = tl.sqrt(written)
+    scaled = tl.sqrt(decayed) * write
+    overlap = cross / tl.where(scaled == 0, 1.0, scaled)
+    overlap = tl.where(overlap > 1, 1.0, tl.where(overlap < -1, -1.0, overlap))
+    at = found + (batch * ROWS + chunk * L + rows) * HEADS + head
+    field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
+    tl.store(at, write, mask=here)
+    tl.store(at + field, tl.sqrt(_positive(decayed + gained)), mask=here)
+    tl.store(at + 2 * field, mean, mask=here)
+    tl.store(at + 3 * field, tl.where(scaled == 0, 0.0, overlap), mask=here)
+    if ERASES:
+        erases = tl.load(a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=here, other=0.0)
+        taken = key_squares * _sum_of(removed, row, plane, SUMS)
+        tl.store(at + 4 * field, tl.sqrt(taken), mask=here)
+        tl.store(at + 5 * field, -erases.to(tl.float32) * key_squares, mask=here)
