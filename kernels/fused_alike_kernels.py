@@ -87,7 +87,7 @@ def _invert_blocks(scratch, L: tl.constexpr):
         entry = tl.where(column == row, 1.0, 0.0)
         for earlier in tl.static_range(row):
             entry += tl.load(block + row * PART + earlier) * found[earlier]
-        found = (*found, entry)
+        found = found + (entry,)  # noqa: RUF005 - triton has no other way
     tl.debug_barrier()
     for row in tl.static_range(PART):
         tl.store(block + row * PART + column, found[row])
