@@ -179,7 +179,7 @@ class _Part:
         states = self.empty(*of_state, dtype=self.dtype) if reads else self.final
         of_values = (*self.heads, self.padded, r.value)
         values = self.empty(*of_values, dtype=self.dtype) if r.erases and reads else self.final
-        counts = (2, *self.heads, self.chunks, self.blocks, r.key)
+        counts = (*self.heads, self.chunks, self.blocks, r.key, 2)
         energy = self.empty(*counts) if measure else self.final
         summed = self.blocks if r.erases else self.pieces
         sums = self.empty(3, summed, *self.heads, self.padded) if measure else self.of_rows

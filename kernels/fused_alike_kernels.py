@@ -202,8 +202,8 @@ def walk(
     With :math:`R_t = a_t e^{G_t} S_{in}^\top k_t`, what is erased is :math:`Z = R + ((I - M)^{-1} - I)(W V +
     R)`, and what is written :math:`U = W V + Z`. ``values`` is U, as reading takes it; ``square``, ``total``
     and ``removed`` (block, batch, head, row) are the sums of :math:`U^2`, U and :math:`Z^2` over columns.
-    ``states`` (batch, head, chunk, key, value) is the state that enters each chunk, and ``energy`` (2, batch,
-    head, chunk, block, key) the energy of each of its rows in these columns, and the sum of its entries.
+    ``states`` (batch, head, chunk, key, value) is the state that enters each chunk, and ``energy`` (batch,
+    head, chunk, block, key, 2) the energy of each of its rows in these columns, and the sum of its entries.
     With KEEP ``entered`` (kept, batch, head, key, value) and ``written`` (kept, batch, head, row, value) are
     states and U, in float32, of chunks whose entry of ``slots`` is not -1.
 
@@ -242,12 +242,11 @@ def walk(
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * L
     states += own * CHUNKS * (KEY * VALUE)
     values += own * PADDED * VALUE
-    entries = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (blocks * KEY)
-    energy += (own * CHUNKS * blocks + block) * KEY
-    sums = ((tl.zeros((), tl.int64) + block) * BATCH * HEADS + own) * PADDED
-    square += sums
-    total += sums
-    removed += sums
+    energy += (own * CHUNKS * blocks + block) * (2 * KEY)
+    of_block = ((tl.zeros((), tl.int64) + block) * BATCH * HEADS + own) * PADDED
+    square += of_block
+    total += of_block
+    removed += of_block
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
         if KEEP:
             slot = tl.load(slots + chunk).to(tl.int64) * BATCH * HEADS + own
@@ -257,8 +256,8 @@ def walk(
         if STORE:
             tl.store(states + of_state, state.to(states.dtype.element_ty), mask=inside)
         if MEASURE:
-            tl.store(energy + keys, tl.sum(state * state, 1), mask=keys < KEY)
-            tl.store(energy + entries + keys, tl.sum(state, 1), mask=keys < KEY)
+            sums = tl.join(tl.sum(state * state, 1), tl.sum(state, 1))  # in one store: each waits for all warps
+            tl.store(energy + keys[:, None] * 2 + tl.arange(0, 2)[None, :], sums, mask=(keys < KEY)[:, None])
         there = rows < ROWS - chunk * L
         kt = _operand(_tile(k, k_t, rows, there, keys, KEY, BK), SPLIT)
         u = _tile(v, v_t, rows, there, columns, VALUE, BV).to(tl.float32)
@@ -298,7 +297,7 @@ def walk(
         inverse += L * L
         states += KEY * VALUE
         values += L * VALUE
-        energy += blocks * KEY
+        energy += blocks * (2 * KEY)
         square += L
         total += L
         removed += L
@@ -444,12 +443,11 @@ def measure(
     added = tl.load(key_sum + row) * sums
     entries = tl.zeros((BE,), tl.float32)
     squares = tl.zeros((BE,), tl.float32)
-    at = energy + (own * CHUNKS + chunk) * (BLOCKS * KEY)
-    entering = (tl.zeros((), tl.int64) + BATCH) * HEADS * CHUNKS * (BLOCKS * KEY)
+    energy += (own * CHUNKS + chunk) * (2 * BLOCKS * KEY)
     for start in range(0, BLOCKS * KEY, BE):
         place = start + tl.arange(0, BE)
-        squares += tl.load(at + place, mask=place < BLOCKS * KEY, other=0.0)
-        entries += tl.load(at + entering + place, mask=place < BLOCKS * KEY, other=0.0)
+        squares += tl.load(energy + 2 * place, mask=place < BLOCKS * KEY, other=0.0)
+        entries += tl.load(energy + 2 * place + 1, mask=place < BLOCKS * KEY, other=0.0)
     between = _between(run, rows)
     of_rows = tl.load(since + row)
     past = tl.where(rows[:, None] > rows[None, :], between * between * gained[None, :], 0.0)
