@@ -35,6 +35,12 @@ from .interface import ScanOutput, Steps
 ROWS = 2**21
 """Tokens times heads times sequences worked on at once: bounds the memory whatever the length."""
 
+STRETCHES = 4
+"""Into which a long text is cut, so that one is walked while others are prepared and read."""
+
+CHUNKS = 64
+"""Fewest chunks of such a stretch."""
+
 PART = 16
 """Rows of a block that is inverted row by row."""
 
@@ -55,7 +61,6 @@ class Tiling:
     walk_stages: int = 1
     read_warps: int = 4
     read_stages: int = 1
-    measure_warps: int = 4
 
 
 def wins(recurrence: Recurrence, modern: bool) -> bool:
@@ -120,163 +125,225 @@ def scan(
         As :func:`tiling`.
     """
     r = recurrence.replace(q=q, k=k, v=v)
-    half = halves(r)
-    cut = tiling(r, half, modern)
-    block = cut.chunk * max(1, ROWS // (r.batch * r.heads * cut.chunk))
-    found, state = [], r.initial_state
+    work = _Scan(r, modern, outputs, measure)
+    state, before = r.initial_state, None
     kept: dict[int, Tensor] = {}
-    for first in range(0, r.time, block):
-        stop = min(first + block, r.time)
-        part = r if block >= r.time else r.between(first, stop, state)
+    for first in range(0, r.time, work.stretch):
+        stop = min(first + work.stretch, r.time)
         here = [p for p in positions if first <= p < stop]
-        found.append(_Part(part, cut, half).run(outputs, measure, [p - first for p in here]))
-        state = found[-1].final_state
-        kept |= zip(here, found[-1].states.unbind(1), strict=True)
-    if len(found) == 1 and list(positions) == sorted(positions):
-        return found[0]
-    erased = [o.erased for o in found if o.erased is not None]
-    steps = [o.steps for o in found if o.steps is not None]
+        part = _Part(work, first, stop, state, here)
+        part.prepare()
+        part.walk()
+        state = part.final
+        if before is not None:
+            kept |= before.finish()
+        before = part
+    assert before is not None
+    kept |= before.finish()
+    steps = None if work.found is None else Steps(r.log_decay.to(torch.float32), *work.found[:4])
     return ScanOutput(
-        torch.cat([o.y for o in found if o.y is not None], 1) if outputs else None,
-        Steps.concatenate(steps) if measure else None,
-        torch.stack([kept[p] for p in positions], 1) if positions else found[0].states,
-        found[-1].final_state,
-        torch.cat(erased, 2) if erased else None,
+        work.y,
+        steps,
+        torch.stack([kept[p] for p in positions], 1) if positions else before.final[:, None][:, :0],
+        before.final,
+        work.found[4:] if work.found is not None and r.erases else None,
     )
 
 
-class _Part:
-    """A stretch of the text, of which all chunks are worked on at once: the launches, and what they share."""
+class _Scan:
+    """What the stretches of one text share: tiles, results, the stream of the walks, compiled kernels."""
 
-    def __init__(self, r: Recurrence, cut: Tiling, half: bool) -> None:
-        from . import fused_alike_kernels
-
-        self.kernels: Any = fused_alike_kernels
-        self.r, self.cut = r, cut
-        self.chunks = -(-r.time // cut.chunk)
-        self.padded = self.chunks * cut.chunk
-        self.heads = (r.batch, r.heads)
-        self.blocks, self.pieces = -(-r.value // cut.walked), -(-r.value // cut.columns)
+    def __init__(self, r: Recurrence, modern: bool, outputs: bool, measure: bool) -> None:
+        self.r, self.outputs, self.measure = r, outputs, measure
+        half = halves(r)
+        self.cut = cut = tiling(r, half, modern)
+        most = ROWS // (r.batch * r.heads * cut.chunk)
+        self.stretch = cut.chunk * max(1, min(most, max(CHUNKS, -(-r.time // (cut.chunk * STRETCHES)))))
+        overlaps = r.v.is_cuda and self.stretch < r.time
+        self.side = torch.cuda.Stream(r.v.device, priority=-1) if overlaps else None
         self.split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
         self.dtype = torch.bfloat16 if self.split else torch.float32
-        self.of_rows = self.empty(6, *self.heads, self.padded)
-        self.since, self.survives, self.rate, self.weight, self.key_square, self.key_sum = self.of_rows
-        self.final = self.empty(*self.heads, r.key, r.value)
-        self.spoiled = torch.zeros(self.heads, dtype=torch.int32, device=r.v.device)
-        self.sizes = (r.time, self.padded, self.chunks, r.batch)
-        self.shape = {"HEADS": r.heads, "KEY": r.key, "L": cut.chunk, "ERASES": r.erases}
+        self.y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
+        fields = (6 if r.erases else 4, r.batch, r.time, r.heads)
+        self.found = torch.empty(fields, dtype=torch.float32, device=r.v.device) if measure else None
+        self.blocks, self.pieces = -(-r.value // cut.walked), -(-r.value // cut.columns)
+        self.across = -(-r.key // cut.walked_keys)
+        self.shape = {"HEADS": r.heads, "KEY": r.key, "L": cut.chunk}
         self.exact = {
-            "PRECISION": "tf32x3" if torch.version.cuda else "ieee", "SPLIT": self.split, "GROUPS": r.groups,
+            "GROUPS": r.groups, "PRECISION": "tf32x3" if torch.version.cuda else "ieee", "SPLIT": self.split,
         }  # fmt: skip
+        self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
-    def run(self, outputs: bool, measure: bool, positions: Sequence[int]) -> ScanOutput:
-        r, reads = self.r, outputs or measure
-        square = (*self.heads, self.padded, self.cut.chunk)
-        seen = self.empty(*square, dtype=self.dtype) if outputs else self.final
-        met = self.empty(*square, dtype=self.dtype) if measure else self.final
-        inverse = self._prepare(seen, met, outputs, measure)
-        of_state = (*self.heads, self.chunks, r.key, r.value)
-        states = self.empty(*of_state, dtype=self.dtype) if reads else self.final
-        of_values = (*self.heads, self.padded, r.value)
-        values = self.empty(*of_values, dtype=self.dtype) if r.erases and reads else self.final
-        counts = (*self.heads, self.chunks, self.blocks, r.key, 2)
-        energy = self.empty(*counts) if measure else self.final
-        summed = self.blocks if r.erases else self.pieces
-        sums = self.empty(3, summed, *self.heads, self.padded) if measure else self.of_rows
-        at = self._walk(inverse, states, values, energy, sums, reads, measure, positions)
-        y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
-        crossed = self.empty(self.pieces, *self.heads, self.padded) if measure else self.final
-        if reads:
-            self._read(values, seen, met, states, y, crossed, sums)
-        found = self._measure(sums, crossed, energy) if measure else None
-        steps = None if found is None else Steps(r.log_decay.to(torch.float32), *found[:4])
-        return ScanOutput(y, steps, at, self.final, found[4:] if found is not None and r.erases else None)
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.r.v.device)
-
-    def _prepare(self, seen: Tensor, met: Tensor, outputs: bool, measure: bool) -> Tensor:
-        """Relate the rows of each chunk, and return the inverse: float32, or two bfloat16 in its place."""
-        r, cut = self.r, self.cut
-        inverse = scratch = self.final
-        if r.erases:
-            inverse = self.empty(*self.heads, self.padded, cut.chunk)
-            inverse = inverse.view(torch.bfloat16).view(2, -1) if self.split else inverse
-            scratch = self.empty(*self.heads, self.padded, PART)
-        self.kernels.prepare[(self.chunks, r.heads, r.batch)](
-            *_rows(r.q), *_rows(r.k), *self._scalars(), *self.of_rows, seen, met, scratch, inverse,
-            *self.sizes, **self.shape, **self.exact, BS=cut.slice, HAS_SCALE=r.write_scale is not None,
-            OUTPUTS=outputs, MEASURE=measure, num_warps=cut.warps, num_stages=cut.stages,
-        )  # fmt: skip
-        return inverse
-
-    def _walk(
+    def launch(
         self,
-        inverse: Tensor,
-        states: Tensor,
-        values: Tensor,
-        energy: Tensor,
-        sums: Tensor,
-        store: bool,
-        measure: bool,
-        positions: Sequence[int],
-    ) -> Tensor:
-        """Find the states that enter chunks, and return those after some tokens."""
-        r, cut = self.r, self.cut
-        held = sorted({p // cut.chunk for p in positions})
-        entered = written = slots = self.final
-        if held:
-            slot = torch.full((self.chunks,), -1, dtype=torch.int32)
-            slot[held] = torch.arange(len(held), dtype=torch.int32)
-            # From pinned memory, so that the host does not wait for the device.
-            slots = slot.pin_memory().to(r.v.device, non_blocking=True) if r.v.is_cuda else slot
-            entered = self.empty(len(held), *self.heads, r.key, r.value)
-            written = self.empty(len(held), *self.heads, cut.chunk, r.value) if r.erases else entered
-        initial = self.final if r.initial_state is None else r.initial_state.contiguous()
-        across = -(-r.key // cut.walked_keys)
-        for careful in (False, True) if r.erases else (False,):
-            self.kernels.walk[(r.heads * self.blocks * across, r.batch)](
-                *_rows(r.k), *_rows(r.v), *self.of_rows[:4], inverse, initial, self.final, states, values,
-                energy, *sums[:3], entered, written, slots, self.spoiled, *self.sizes,
-                **self.shape, **self.exact, VALUE=r.value, BK=cut.walked_keys, BV=cut.walked,
-                STAGES=cut.walk_stages, HAS_INITIAL=r.initial_state is not None, STORE=store,
-                MEASURE=measure, KEEP=bool(held), CAREFUL=careful, num_warps=cut.walk_warps,
-            )  # fmt: skip
-        at = [_after(r, entered[i], written[i] if r.erases else None, p, cut.chunk)
-              for p in positions for i in [held.index(p // cut.chunk)]]  # fmt: skip
-        return torch.stack(at, 1) if at else self.empty(r.batch, 0, r.heads, r.key, r.value)
-
-    def _read(
-        self,
-        values: Tensor,
-        seen: Tensor,
-        met: Tensor,
-        states: Tensor,
-        y: Tensor | None,
-        crossed: Tensor,
-        sums: Tensor,
+        name: str,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        **options: int,
     ) -> None:
-        r, cut = self.r, self.cut
-        measure = crossed is not self.final
-        u = (values, values.stride(0), values.stride(2), values.stride(1)) if r.erases else _rows(r.v)
-        for careful in (False, True):
-            self.kernels.read[(self.chunks * self.pieces, r.heads, r.batch)](
-                *_rows(r.q), *_rows(r.k), *u, *_rows(r.v), self.since, seen, met, states, self.spoiled,
-                self.since if r.skip is None else r.skip, self.since if y is None else y, crossed, *sums[:2],
-                *self.sizes, **self.shape, **self.exact, VALUE=r.value, BS=cut.read_slice, BV=cut.columns,
-                HAS_SKIP=r.skip is not None, OUTPUTS=y is not None, MEASURE=measure, CAREFUL=careful,
-                num_warps=cut.read_warps, num_stages=cut.read_stages,
-            )  # fmt: skip
+        """Launch a kernel, by what it was compiled to if another stretch has been here.
 
-    def _measure(self, sums: Tensor, crossed: Tensor, energy: Tensor) -> Tensor:
-        r, cut = self.r, self.cut
-        found = self.empty(6 if r.erases else 4, r.batch, r.time, r.heads)
-        self.kernels.measure[(self.chunks, r.heads, r.batch)](
-            *self._scalars(), self.since, self.key_square, self.key_sum, *sums, crossed, energy, found,
-            *self.sizes, **self.shape, VALUE=r.value, BE=256, BLOCKS=self.blocks, SUMS=sums.shape[1],
-            PIECES=self.pieces, HAS_SCALE=r.write_scale is not None, num_warps=cut.measure_warps,
+        triton finds that by looking at every argument, which takes longer than to launch it.
+        """
+        from . import fused_alike_kernels
+
+        grid = (*grid, 1, 1)[:3]
+        which = (name, *constants.values())
+        if which in self._compiled:
+            kernel, values = self._compiled[which]
+            kernel[grid](*arguments, *values)
+            return
+        function = getattr(fused_alike_kernels, name)
+        kernel = function[grid](*arguments, **constants, **options)
+        if kernel is not None:  # as the interpreter returns
+            values = tuple(constants[name] for name in function.arg_names[len(arguments) :])
+            self._compiled[which] = kernel, values
+
+
+class _Part:
+    """A stretch of the text, of which all chunks are worked on at once."""
+
+    def __init__(
+        self, work: _Scan, first: int, stop: int, state: Tensor | None, positions: Sequence[int]
+    ) -> None:
+        self.work, self.first, self.stop, self.positions = work, first, stop, positions
+        self.r = r = work.r.between(first, stop, None if state is None else state.float().contiguous())
+        cut, reads = work.cut, work.outputs or work.measure
+        self.chunks = -(-r.time // cut.chunk)
+        self.padded = self.chunks * cut.chunk
+        self.sizes = (r.time, self.padded, self.chunks, r.batch)
+        heads = (r.batch, r.heads)
+
+        def empty(asked: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=r.v.device) if asked else self.final
+
+        self.final = torch.empty((*heads, r.key, r.value), dtype=torch.float32, device=r.v.device)
+        self.spoiled = torch.zeros(heads, dtype=torch.int32, device=r.v.device)
+        self.of_rows = empty(True, 6, *heads, self.padded)
+        square = (*heads, self.padded, cut.chunk)
+        self.seen = empty(work.outputs, *square, dtype=work.dtype)
+        self.met = empty(work.measure, *square, dtype=work.dtype)
+        self.inverse = empty(r.erases, *square)
+        if r.erases and work.split:  # two bfloat16 in its place
+            self.inverse = self.inverse.view(torch.bfloat16).view(2, -1)
+        self.scratch = empty(r.erases, *heads, self.padded, PART)
+        self.states = empty(reads, *heads, self.chunks, r.key, r.value, dtype=work.dtype)
+        self.values = empty(reads and r.erases, *heads, self.padded, r.value, dtype=work.dtype)
+        self.energy = empty(work.measure, *heads, self.chunks, work.blocks, r.key, 2)
+        self.walked_sums = empty(work.measure and r.erases, work.blocks, *heads, self.padded, 4)
+        self.read_sums = empty(work.measure, 3, work.pieces, *heads, self.padded)
+        self.held = sorted({p // cut.chunk for p in self.relative})
+        self.entered = empty(bool(self.held), len(self.held), *heads, r.key, r.value)
+        self.written = empty(bool(self.held) and r.erases, len(self.held), *heads, cut.chunk, r.value)
+        self.slots = self._slots() if self.held else self.final
+        self.ready = torch.cuda.Event() if work.side is not None else None
+
+    @property
+    def relative(self) -> list[int]:
+        """Positions counted from the first token of the stretch."""
+        return [p - self.first for p in self.positions]
+
+    def prepare(self) -> None:
+        """Relate the rows of each chunk."""
+        r, work, cut = self.r, self.work, self.work.cut
+        self.work.launch(
+            "prepare", (self.chunks, r.heads, r.batch),
+            (*_rows(r.q), *_rows(r.k), *self._scalars(), *self.of_rows, self.seen, self.met, *self.sizes),
+            {**work.shape, **work.exact, "BS": cut.slice, "ERASES": r.erases,
+             "HAS_SCALE": r.write_scale is not None, "OUTPUTS": work.outputs, "MEASURE": work.measure},
+            num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
-        return found
+        if r.erases:
+            self._invert(careful=False)
+        if self.ready is not None:
+            self.ready.record()
+
+    def _invert(self, careful: bool) -> None:
+        r, work, cut = self.r, self.work, self.work.cut
+        self.work.launch(
+            "invert", (self.chunks, r.heads, r.batch),
+            (*_rows(r.k), *self._scalars()[4:], self.scratch, self.inverse, self.spoiled, *self.sizes),
+            {**work.shape, **work.exact, "BS": cut.slice, "CAREFUL": careful},
+            num_warps=cut.warps, num_stages=1,
+        )  # fmt: skip
+
+    def walk(self) -> None:
+        """Find the states that enter chunks, beside whatever else is done meanwhile."""
+        if self.work.side is None:
+            self._walk_all()
+            return
+        assert self.ready is not None
+        self.work.side.wait_event(self.ready)
+        with torch.cuda.stream(self.work.side):
+            self._walk_all()
+            self.ready.record()
+
+    def _walk_all(self) -> None:
+        self._walk(careful=False)
+        if self.r.erases:
+            self._invert(careful=True)
+            self._walk(careful=True)
+
+    def _walk(self, careful: bool) -> None:
+        r, work, cut = self.r, self.work, self.work.cut
+        initial = self.final if r.initial_state is None else r.initial_state
+        work.launch(
+            "walk", (r.heads * work.blocks * work.across, r.batch),
+            (*_rows(r.k), *_rows(r.v), *self.of_rows[:4], self.inverse, initial, self.final, self.states,
+             self.values, self.energy, self.walked_sums, self.entered, self.written, self.slots, self.spoiled,
+             *self.sizes),
+            {**work.shape, **work.exact, "VALUE": r.value, "BK": cut.walked_keys, "BV": cut.walked,
+             "STAGES": cut.walk_stages, "ERASES": r.erases, "HAS_INITIAL": r.initial_state is not None,
+             "STORE": work.outputs or work.measure, "MEASURE": work.measure, "KEEP": bool(self.held),
+             "CAREFUL": careful},
+            num_warps=cut.walk_warps,
+        )  # fmt: skip
+
+    def finish(self) -> dict[int, Tensor]:
+        """Read and measure, and return the states after the positions asked for."""
+        if self.ready is not None:
+            torch.cuda.current_stream().wait_event(self.ready)
+        if self.work.outputs or self.work.measure:
+            self._read(careful=False)
+            self._read(careful=True)
+        if self.work.measure:
+            self._measure()
+        return dict(zip(self.positions, map(self._state_after, self.relative), strict=True))
+
+    def _read(self, careful: bool) -> None:
+        r, work, cut = self.r, self.work, self.work.cut
+        u = (self.values, *_strides(self.values.transpose(1, 2))) if r.erases else _rows(r.v)
+        y = self.final if work.y is None else work.y[:, self.first : self.stop]
+        work.launch(
+            "read", (self.chunks * work.pieces, r.heads, r.batch),
+            (*_rows(r.q), *_rows(r.k), *u, *_rows(r.v), self.of_rows[0], self.seen, self.met, self.states,
+             self.spoiled, self.final if r.skip is None else r.skip, y, y.stride(0), *self.read_sums[:3],
+             *self.sizes),
+            {**work.shape, **work.exact, "VALUE": r.value, "BS": cut.read_slice, "BV": cut.columns,
+             "ERASES": r.erases, "HAS_SKIP": r.skip is not None, "OUTPUTS": work.outputs,
+             "MEASURE": work.measure, "CAREFUL": careful},
+            num_warps=cut.read_warps, num_stages=cut.read_stages,
+        )  # fmt: skip
+
+    def _measure(self) -> None:
+        r, work = self.r, self.work
+        assert work.found is not None
+        found = work.found[:, :, self.first : self.stop]
+        crossed, square, total = self.read_sums
+        sums = (square, square, total)
+        if r.erases:
+            square, removed, total, _ = self.walked_sums.unbind(-1)
+            sums = (square, removed, total)
+        work.launch(
+            "measure", (self.chunks, r.heads, r.batch),
+            (*self._scalars(), *self.of_rows[4:], *sums, crossed, self.energy, found, *found.stride()[:2],
+             *self.sizes),
+            {**work.shape, "VALUE": r.value, "BE": 256, "BLOCKS": work.blocks, "SUMS": sums[0].shape[0],
+             "STEP": sums[0].stride(-1), "PIECES": work.pieces, "ERASES": r.erases,
+             "HAS_SCALE": r.write_scale is not None},
+            num_warps=1,
+        )  # fmt: skip
 
     def _scalars(self) -> tuple[Any, ...]:
         r = self.r
@@ -284,22 +351,33 @@ class _Part:
                  r.log_decay if r.a is None else r.a)  # fmt: skip
         return tuple(argument for x in found for argument in _rows(x))
 
+    def _slots(self) -> Tensor:
+        """Where the states that enter chunks are kept, -1 if nowhere."""
+        slots = torch.full((self.chunks,), -1, dtype=torch.int32)
+        slots[self.held] = torch.arange(len(self.held), dtype=torch.int32)
+        # From pinned memory, so that the host does not wait for the device.
+        return slots.pin_memory().to(self.r.v.device, non_blocking=True) if self.r.v.is_cuda else slots
+
+    def _state_after(self, position: int) -> Tensor:
+        """The state after one token, from that which entered its chunk."""
+        r, chunk = self.r, position // self.work.cut.chunk
+        first, slot = chunk * self.work.cut.chunk, self.held.index(chunk)
+        past = slice(first, position + 1)
+        # Of the tokens in between alone: from each on, what comes after it.
+        remaining = r.log_decay[:, past].float().flip(1).cumsum(1).flip(1)
+        survives = torch.cat([remaining[:, 1:], torch.zeros_like(remaining[:, :1])], 1).exp()
+        keys = r.k[:, past].float().repeat_interleave(r.heads // r.groups, 2) * survives[..., None]
+        if r.erases:
+            u = self.written[slot, :, :, : position + 1 - first]
+        else:
+            u = r.v[:, past].float()
+            u = (u if r.write_scale is None else u * r.write_scale[:, past, :, None]).transpose(1, 2)
+        return remaining[:, 0].exp()[..., None, None] * self.entered[slot] + keys.permute(0, 2, 3, 1) @ u
+
 
 def _rows(x: Tensor) -> tuple[Any, ...]:
-    return x, *x.stride()[:3]
+    return x, *_strides(x)
 
 
-def _after(r: Recurrence, entering: Tensor, written: Tensor | None, position: int, length: int) -> Tensor:
-    """The state after one token, from that which entered its chunk."""
-    first = position // length * length
-    past = slice(first, position + 1)
-    # Of the tokens in between alone: from each on, what comes after it.
-    remaining = r.log_decay[:, past].float().flip(1).cumsum(1).flip(1)
-    survives = torch.cat([remaining[:, 1:], torch.zeros_like(remaining[:, :1])], 1).exp()
-    keys = r.k[:, past].float().repeat_interleave(r.heads // r.groups, 2) * survives[..., None]
-    if written is None:
-        u = r.v[:, past].float()
-        u = (u if r.write_scale is None else u * r.write_scale[:, past, :, None]).transpose(1, 2)
-    else:
-        u = written[:, :, : position + 1 - first]
-    return remaining[:, 0].exp()[..., None, None] * entering + keys.permute(0, 2, 3, 1) @ u.float()
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[:3]

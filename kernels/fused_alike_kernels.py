@@ -104,7 +104,7 @@ def _joined(found, system, apart, SIZE: tl.constexpr, SPLIT: tl.constexpr, PRECI
 @triton.jit(do_not_specialize=SIZES)
 def prepare(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, a, a_b, a_t, a_h,
-    since, survives, rate, weight, key_square, key_sum, seen, met, scratch, inverse,
+    since, survives, rate, weight, key_square, key_sum, seen, met,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
@@ -116,9 +116,8 @@ def prepare(
     :math:`e^{G_L - G_t}`. ``seen`` and ``met``, (row, earlier row), are what the query and the key of a row
     read of an earlier write, :math:`e^{G_t - G_j} q_t \cdot k_j` for :math:`j \le t` and :math:`e^{G_t - G_j}
     k_t \cdot k_j` for :math:`j < t`. Where nothing is erased, all but ``since`` have the writes' scale in
-    them. Under the delta rule row ``t`` erases :math:`M_{tj} = a_t e^{G_t - G_j} k_t \cdot k_j` of the write
-    of row ``j``: ``inverse`` is :math:`(I - M)^{-1} - I`, ``rate`` :math:`a_t e^{G_t}`, and ``scratch`` (row,
-    16) is for the work. ``key_square`` and ``key_sum`` are sums over each key. Grid: (chunks, heads, batch).
+    them; under the delta rule that is ``weight``, and ``rate`` is :math:`a_t e^{G_t}`. ``key_square`` and
+    ``key_sum`` are sums over each key. Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -144,9 +143,8 @@ def prepare(
         if OUTPUTS:
             qt = _operand(_tile(q, q_t, rows, here, keys, KEY, BS), SPLIT)
             read_of = tl.dot(qt, tl.trans(kt), read_of, input_precision=PRECISION)
-        if MEASURE or ERASES:
-            of_keys = tl.dot(kt, tl.trans(kt), of_keys, input_precision=PRECISION)
         if MEASURE:
+            of_keys = tl.dot(kt, tl.trans(kt), of_keys, input_precision=PRECISION)
             kt = kt.to(tl.float32)
             squares += tl.sum(kt * kt, 1)
             sums += tl.sum(kt, 1)
@@ -168,28 +166,64 @@ def prepare(
         tl.store(key_sum + row + rows, sums)
     if ERASES:
         erases = tl.load(a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=here, other=0.0)
-        erases = erases.to(tl.float32)
-        tl.store(rate + row + rows, erases * tl.exp2(run))
+        tl.store(rate + row + rows, erases.to(tl.float32) * tl.exp2(run))
         tl.store(weight + row + rows, scaled)
-        down, across = _unknown(L, ROWS, PADDED)
-        past = down > across
-        system, fine = _finite(tl.where(past, of_keys * between, 0.0))
-        fine = tl.where(tl.abs(erases) < float("inf"), fine, 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def invert(
+    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, a, a_b, a_t, a_h, scratch, inverse, spoiled,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
+    L: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    r"""Find :math:`(I - M)^{-1} - I` for each chunk, all at once.
+
+    Under the delta rule row ``t`` erases :math:`M_{tj} = a_t e^{G_t - G_j} k_t \cdot k_j` of the write of row
+    ``j``. ``inverse`` is (row, earlier row), ``scratch`` (row, 16) is for the work. With CAREFUL heads that
+    are ``spoiled`` are done again, NaN from the first row on that is not finite. Grid: (chunks, heads,
+    batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    if CAREFUL:
+        if tl.load(spoiled + batch * HEADS + head) == 0:
+            return
+    rows = tl.arange(0, L)
+    here = rows < tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    row = (batch * HEADS + head) * PADDED + chunk * L
+    k += batch * k_b + chunk * L * k_t + (head // (HEADS // GROUPS)) * k_g
+    run = _decay_of_rows(log_decay + batch * g_b + chunk * L * g_t + head * g_h, g_t, rows, here)[1]
+    rate = tl.load(a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=here, other=0.0)
+    rate = rate.to(tl.float32)
+    system = tl.zeros((L, L), tl.float32)
+    for start in range(0, KEY, BS):
+        kt = _operand(_tile(k, k_t, rows, here, start + tl.arange(0, BS), KEY, BS), SPLIT)
+        system = tl.dot(kt, tl.trans(kt), system, input_precision=PRECISION)
+    down, across = _unknown(L, ROWS, PADDED)
+    past = down > across
+    system = tl.where(past, system * (_between(run, rows) * rate[:, None]), 0.0)
+    if CAREFUL:
+        system, fine = _finite(system)
         mark = _since_bad(fine == 0)[:, None]
-        system = tl.where(past & (mark == mark), system * erases[:, None], 0.0)
-        found = _inverse(system, scratch + row * PART, down, across, L, SPLIT, PRECISION)
-        found = tl.where(past, found, 0.0) + mark
-        found, found_low = _split(found, SPLIT)
-        tl.store(inverse + square, found)
-        if SPLIT:
-            plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * L
-            tl.store(inverse + plane + square, found_low)
+        system = tl.where(mark == mark, system, 0.0)
+    found = _inverse(system, scratch + row * PART, down, across, L, SPLIT, PRECISION)
+    found = tl.where(past, found, 0.0)
+    if CAREFUL:
+        found += mark
+    found, found_low = _split(found, SPLIT)
+    square = (row + rows)[:, None] * L + rows[None, :]
+    tl.store(inverse + square, found)
+    if SPLIT:
+        plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * L
+        tl.store(inverse + plane + square, found_low)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk(
     k, k_b, k_t, k_g, v, v_b, v_t, v_h, since, survives, rate, weight, inverse, initial, final, states,
-    values, energy, square, total, removed, entered, written, slots, spoiled,
+    values, energy, sums, entered, written, slots, spoiled,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
@@ -200,8 +234,8 @@ def walk(
     r"""Walk all chunks with a block of the state in registers: some columns, and some keys if none erases.
 
     With :math:`R_t = a_t e^{G_t} S_{in}^\top k_t`, what is erased is :math:`Z = R + ((I - M)^{-1} - I)(W V +
-    R)`, and what is written :math:`U = W V + Z`. ``values`` is U, as reading takes it; ``square``, ``total``
-    and ``removed`` (block, batch, head, row) are the sums of :math:`U^2`, U and :math:`Z^2` over columns.
+    R)`, and what is written :math:`U = W V + Z`. ``values`` is U, as reading takes it; ``sums`` (block,
+    batch, head, row, 4) are those of :math:`U^2`, :math:`Z^2` and U over columns, the last one twice.
     ``states`` (batch, head, chunk, key, value) is the state that enters each chunk, and ``energy`` (batch,
     head, chunk, block, key, 2) the energy of each of its rows in these columns, and the sum of its entries.
     With KEEP ``entered`` (kept, batch, head, key, value) and ``written`` (kept, batch, head, row, value) are
@@ -243,10 +277,8 @@ def walk(
     states += own * CHUNKS * (KEY * VALUE)
     values += own * PADDED * VALUE
     energy += (own * CHUNKS * blocks + block) * (2 * KEY)
-    of_block = ((tl.zeros((), tl.int64) + block) * BATCH * HEADS + own) * PADDED
-    square += of_block
-    total += of_block
-    removed += of_block
+    sums += ((tl.zeros((), tl.int64) + block) * BATCH * HEADS + own) * (4 * PADDED)
+    pair = tl.arange(0, 2)
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
         if KEEP:
             slot = tl.load(slots + chunk).to(tl.int64) * BATCH * HEADS + own
@@ -256,8 +288,8 @@ def walk(
         if STORE:
             tl.store(states + of_state, state.to(states.dtype.element_ty), mask=inside)
         if MEASURE:
-            sums = tl.join(tl.sum(state * state, 1), tl.sum(state, 1))  # in one store: each waits for all warps
-            tl.store(energy + keys[:, None] * 2 + tl.arange(0, 2)[None, :], sums, mask=(keys < KEY)[:, None])
+            both = tl.join(tl.sum(state * state, 1), tl.sum(state, 1))  # one store: each waits for all warps
+            tl.store(energy + keys[:, None] * 2 + pair[None, :], both, mask=(keys < KEY)[:, None])
         there = rows < ROWS - chunk * L
         kt = _operand(_tile(k, k_t, rows, there, keys, KEY, BK), SPLIT)
         u = _tile(v, v_t, rows, there, columns, VALUE, BV).to(tl.float32)
@@ -282,9 +314,10 @@ def walk(
                 if kept:
                     tl.store(written + slot * (L * VALUE) + of_values, u, mask=shown)
             if MEASURE:
-                tl.store(square + rows, tl.sum(u * u, 1))
-                tl.store(total + rows, tl.sum(u, 1))
-                tl.store(removed + rows, tl.sum(erased * erased, 1))
+                total = tl.sum(u, 1)
+                both = tl.join(tl.join(tl.sum(u * u, 1), total), tl.join(tl.sum(erased * erased, 1), total))
+                at = rows[:, None, None] * 4 + pair[None, :, None] * 2 + pair[None, None, :]
+                tl.store(sums + at, both)
         state *= tl.load(since + L - 1)
         u *= tl.load(survives + rows)[:, None]
         state = _first_exact(tl.trans(kt), u, state, SPLIT, PRECISION)
@@ -298,9 +331,7 @@ def walk(
         states += KEY * VALUE
         values += L * VALUE
         energy += blocks * (2 * KEY)
-        square += L
-        total += L
-        removed += L
+        sums += 4 * L
     tl.store(final + own * (KEY * VALUE) + of_state, state, mask=inside)
     if not CAREFUL:
         bad = ~(tl.abs(state) < float("inf"))
@@ -310,7 +341,7 @@ def walk(
 @triton.jit(do_not_specialize=SIZES)
 def read(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h,
-    since, seen, met, states, spoiled, skip, y, crossed, square, total,
+    since, seen, met, states, spoiled, skip, y, y_b, crossed, square, total,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
@@ -368,7 +399,8 @@ def read(
         if HAS_SKIP:
             vt = _tile(v, v_t, rows, here, columns, VALUE, BV).to(tl.float32)
             out += tl.load(skip + head).to(tl.float32) * vt
-        at = ((batch * ROWS + chunk * L + rows[:, None]) * HEADS + head) * VALUE + columns[None, :]
+        y += batch * y_b + (chunk * L * HEADS + head) * VALUE
+        at = rows[:, None] * (HEADS * VALUE) + columns[None, :]
         tl.store(y + at, out.to(y.dtype.element_ty), mask=here[:, None] & (columns < VALUE)[None, :])
     if MEASURE:
         stored = tl.dot(tl.load(met + of_square), known, stored * of_rows, input_precision=PRECISION)
@@ -397,26 +429,39 @@ def _positive(x):
     return tl.where(x < 0, 0.0, x)
 
 
+@triton.jit
+def _after_both(first_decay, first, second_decay, second):
+    return first_decay * second_decay, second_decay * first + second
+
+
+@triton.jit
+def _follow(entering, decay, added, rows):
+    """Run x' = decay x + added row by row; return x as it was before each row."""
+    decay, added = tl.associative_scan((decay, added), 0, _after_both)
+    found = decay * entering + added
+    return tl.where(rows == 0, entering, tl.gather(found, tl.where(rows == 0, 0, rows - 1), 0))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def measure(
     scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, a, a_b, a_t, a_h,
-    since, key_square, key_sum, square, total, removed, crossed, energy, found,
+    key_square, key_sum, square, removed, total, crossed, energy, found, found_f, found_b,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, BE: tl.constexpr, BLOCKS: tl.constexpr, SUMS: tl.constexpr, PIECES: tl.constexpr,
-    ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+    L: tl.constexpr, BE: tl.constexpr, BLOCKS: tl.constexpr, SUMS: tl.constexpr, STEP: tl.constexpr,
+    PIECES: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     r"""Follow energy and sum of the state through each chunk.
 
     .. math::
 
-        |D_t|^2 &= e^{2 G_t} |S_{in}|^2 + \sum_{j < t} e^{2 (G_t - G_j)} (2 \langle D_j, U_j \rangle +
-            |U_j|^2) , \qquad |U_t| = |k_t| |u_t| \\
-        \Sigma S_t &= e^{G_t} \Sigma S_{in} + \sum_{j \le t} e^{G_t - G_j} (\Sigma k_j) (\Sigma u_j)
+        |S_t|^2 &= e^{2 g_t} |S_{t-1}|^2 + 2 \langle D_t, U_t \rangle + |U_t|^2, \qquad
+        |U_t| = |k_t| |u_t| \\
+        \Sigma S_t &= e^{g_t} \Sigma S_{t-1} + (\Sigma k_t) (\Sigma u_t)
 
-    ``energy`` is what :func:`walk` found in ``BLOCKS`` blocks, the sums over columns lie in ``SUMS``, and
-    ``crossed`` in ``PIECES`` parts. ``found`` is (field, batch, row, head): the norms of write and state, the
-    mean, the overlap and, under the delta rule, the two of
+    ``energy`` is what :func:`walk` found in ``BLOCKS`` blocks; the sums over columns lie in ``SUMS`` parts,
+    ``STEP`` apart, and ``crossed`` in ``PIECES``. ``found`` is (field, batch, row, head): the norms of write
+    and state, the mean, the overlap and, under the delta rule, the two of
     :attr:`statescope.kernels.interface.ScanOutput.erased`. Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
@@ -427,10 +472,11 @@ def measure(
     here = rows < tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED
     row = own * PADDED + chunk * L + rows
-    run = _decay_of_rows(log_decay + batch * g_b + chunk * L * g_t + head * g_h, g_t, rows, here)[1]
+    pace = _decay_of_rows(log_decay + batch * g_b + chunk * L * g_t + head * g_h, g_t, rows, here)[0]
+    decay = tl.exp2(pace)
     cross = _sum_of(crossed, row, plane, PIECES)
-    squares = _sum_of(square, row, plane, SUMS)
-    sums = _sum_of(total, row, plane, SUMS)
+    squares = _sum_of(square, row * STEP, plane * STEP, SUMS)
+    sums = _sum_of(total, row * STEP, plane * STEP, SUMS)
     if HAS_SCALE and not ERASES:
         weight = tl.load(scale + batch * w_b + (chunk * L + rows) * w_t + head * w_h, mask=here, other=0.0)
         weight = weight.to(tl.float32)
@@ -441,31 +487,30 @@ def measure(
     written = key_squares * squares
     gained = 2 * cross + written
     added = tl.load(key_sum + row) * sums
-    entries = tl.zeros((BE,), tl.float32)
     squares = tl.zeros((BE,), tl.float32)
+    sums = tl.zeros((BE,), tl.float32)
     energy += (own * CHUNKS + chunk) * (2 * BLOCKS * KEY)
     for start in range(0, BLOCKS * KEY, BE):
         place = start + tl.arange(0, BE)
-        squares += tl.load(energy + 2 * place, mask=place < BLOCKS * KEY, other=0.0)
-        entries += tl.load(energy + 2 * place + 1, mask=place < BLOCKS * KEY, other=0.0)
-    between = _between(run, rows)
-    of_rows = tl.load(since + row)
-    past = tl.where(rows[:, None] > rows[None, :], between * between * gained[None, :], 0.0)
-    decayed = _positive(of_rows * of_rows * tl.sum(squares, 0) + tl.sum(past, 1))
-    past = tl.where(rows[:, None] >= rows[None, :], between * added[None, :], 0.0)
-    mean = (of_rows * tl.sum(entries, 0) + tl.sum(past, 1)) / (KEY * VALUE)
+        at = energy + place[:, None] * 2 + tl.arange(0, 2)[None, :]
+        both = tl.load(at, mask=(place < BLOCKS * KEY)[:, None], other=0.0)
+        of_energy, of_entries = tl.split(both)
+        squares += of_energy
+        sums += of_entries
+    decayed = decay * decay * _follow(tl.sum(squares, 0), decay * decay, gained, rows)
+    decayed = _positive(decayed)
+    mean = (decay * _follow(tl.sum(sums, 0), decay, added, rows) + added) / (KEY * VALUE)
     write = tl.sqrt(written)
     scaled = tl.sqrt(decayed) * write
     overlap = cross / tl.where(scaled == 0, 1.0, scaled)
     overlap = tl.where(overlap > 1, 1.0, tl.where(overlap < -1, -1.0, overlap))
-    at = found + (batch * ROWS + chunk * L + rows) * HEADS + head
-    field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
+    at = found + batch * found_b + (chunk * L + rows) * HEADS + head
     tl.store(at, write, mask=here)
-    tl.store(at + field, tl.sqrt(_positive(decayed + gained)), mask=here)
-    tl.store(at + 2 * field, mean, mask=here)
-    tl.store(at + 3 * field, tl.where(scaled == 0, 0.0, overlap), mask=here)
+    tl.store(at + found_f, tl.sqrt(_positive(decayed + gained)), mask=here)
+    tl.store(at + 2 * found_f, mean, mask=here)
+    tl.store(at + 3 * found_f, tl.where(scaled == 0, 0.0, overlap), mask=here)
     if ERASES:
         erases = tl.load(a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=here, other=0.0)
-        taken = key_squares * _sum_of(removed, row, plane, SUMS)
-        tl.store(at + 4 * field, tl.sqrt(taken), mask=here)
-        tl.store(at + 5 * field, -erases.to(tl.float32) * key_squares, mask=here)
+        taken = key_squares * _sum_of(removed, row * STEP, plane * STEP, SUMS)
+        tl.store(at + 4 * found_f, tl.sqrt(taken), mask=here)
+        tl.store(at + 5 * found_f, -erases.to(tl.float32) * key_squares, mask=here)

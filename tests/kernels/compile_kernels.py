@@ -71,7 +71,7 @@ def source(
             signature[argument] = "constexpr"
         elif argument in shapes and bulk:
             signature[argument] = f"tensordesc<{dtype}[{tiling.chunk}, {shapes[argument]}]>"
-        elif argument in INTEGERS or re.fullmatch("[qkuvabgwy]_[btghkv]", argument):
+        elif argument in INTEGERS or re.fullmatch("(found|[qkuvabgwy])_[fbtghkv]", argument):
             signature[argument] = "i32"
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]

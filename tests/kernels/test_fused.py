@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, fused_entries, fused_erasing, reference
+from statescope.kernels import fused, fused_alike, fused_entries, fused_erasing, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.kernels.rates import Rated
 from statescope.recurrence import Recurrence
@@ -228,6 +228,7 @@ def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long text is worked on stretch by stretch, here of one chunk."""
     monkeypatch.setattr(fused_erasing, "ROWS", 1)
+    monkeypatch.setattr(fused_alike, "ROWS", 1)
     monkeypatch.setattr(fused_entries, "STATES", 1)
     r = draw(Case(70, heads=1, initial=True, **{structure: True}), DEVICE)
     positions = (69, 0, 40)
