@@ -61,6 +61,8 @@ class Tiling:
     walk_stages: int = 1
     read_warps: int = 4
     read_stages: int = 1
+    invert_warps: int = 4
+    invert_registers: int | None = None
 
 
 def wins(recurrence: Recurrence, modern: bool) -> bool:
@@ -95,7 +97,7 @@ def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
     if half and modern:
         if r.erases:
             return Tiling(64, 64, keys, 32, 64, min(values, 128), walk_stages=3, read_stages=3)
-        return Tiling(64, 64, 64, 64, 64, min(values, 128), walk_stages=3, read_stages=3)
+        return Tiling(64, 64, 64, 64, 64, min(values, 128), stages=3, walk_stages=3, read_stages=3)
     some, columns = min(keys, 32), min(values, 32)
     across = keys if r.erases else some
     return Tiling(32 if keys <= 128 else 16, some, across, min(columns, 16), some, columns)
@@ -265,7 +267,8 @@ class _Part:
             "invert", (self.chunks, r.heads, r.batch),
             (*_rows(r.k), *self._scalars()[4:], self.scratch, self.inverse, self.spoiled, *self.sizes),
             {**work.shape, **work.exact, "BS": cut.slice, "CAREFUL": careful},
-            num_warps=cut.warps, num_stages=1,
+            num_warps=cut.invert_warps, num_stages=1,
+            **({} if cut.invert_registers is None else {"maxnreg": cut.invert_registers}),
         )  # fmt: skip
 
     def walk(self) -> None:
@@ -318,7 +321,7 @@ class _Part:
         work.launch(
             "read", (self.chunks * work.pieces, r.heads, r.batch),
             (*_rows(r.q), *_rows(r.k), *u, *_rows(r.v), self.of_rows[0], self.seen, self.met, self.states,
-             self.spoiled, self.final if r.skip is None else r.skip, y, y.stride(0), *self.read_sums[:3],
+             self.spoiled, self.final if r.skip is None else r.skip, y, y.stride(0), *self._read_sums(),
              *self.sizes),
             {**work.shape, **work.exact, "VALUE": r.value, "BS": cut.read_slice, "BV": cut.columns,
              "ERASES": r.erases, "HAS_SKIP": r.skip is not None, "OUTPUTS": work.outputs,
@@ -330,7 +333,7 @@ class _Part:
         r, work = self.r, self.work
         assert work.found is not None
         found = work.found[:, :, self.first : self.stop]
-        crossed, square, total = self.read_sums
+        crossed, square, total = self._read_sums()
         sums = (square, square, total)
         if r.erases:
             square, removed, total, _ = self.walked_sums.unbind(-1)
@@ -344,6 +347,9 @@ class _Part:
              "HAS_SCALE": r.write_scale is not None},
             num_warps=1,
         )  # fmt: skip
+
+    def _read_sums(self) -> tuple[Tensor, ...]:
+        return self.read_sums.unbind() if self.work.measure else (self.final,) * 3
 
     def _scalars(self) -> tuple[Any, ...]:
         r = self.r
