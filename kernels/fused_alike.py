@@ -45,6 +45,10 @@ PART = 16
 """Rows of a block that is inverted row by row."""
 
 
+ENTRIES = 256
+"""Energies that are added up at once."""
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a shape is cut up: rows of a chunk, and keys, columns, warps and stages of every launch."""
@@ -342,7 +346,7 @@ class _Part:
             "measure", (self.chunks, r.heads, r.batch),
             (*self._scalars(), *self.of_rows[4:], *sums, crossed, self.energy, found, *found.stride()[:2],
              *self.sizes),
-            {**work.shape, "VALUE": r.value, "BE": 256, "BLOCKS": work.blocks, "SUMS": sums[0].shape[0],
+            {**work.shape, "VALUE": r.value, "BE": ENTRIES, "BLOCKS": work.blocks, "SUMS": sums[0].shape[0],
              "STEP": sums[0].stride(-1), "PIECES": work.pieces, "ERASES": r.erases,
              "HAS_SCALE": r.write_scale is not None},
             num_warps=1,

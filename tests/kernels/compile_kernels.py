@@ -21,6 +21,8 @@ from triton.compiler import ASTSource
 
 from statescope.kernels import (
     fused,
+    fused_alike,
+    fused_alike_kernels,
     fused_entries,
     fused_entries_kernels,
     fused_erasing,
@@ -45,11 +47,14 @@ INTEGERS = {
 MADE = ("remaining", "through", "states", "seen")
 """Buffers in the inputs' dtype."""
 
-STRUCTURES = {
-    "gated delta": {"KEYED": False, "PAIRS": False, "ERASES": True},
-    "RWKV-7": {"KEYED": True, "PAIRS": True, "ERASES": True},
-}
-"""The two ends: KDA is between them, and decay per key alone is less of it."""
+OF_ALIKE = ("inverse", "met", "seen", "states", "u", "values")
+"""The same, of the kernels of heads whose keys all decay alike."""
+
+STRUCTURES = {"RWKV-7": {"KEYED": True, "PAIRS": True, "ERASES": True}}
+"""All there is where keys decay each at its own rate: KDA and decay per key alone are less of it."""
+
+ALIKE = {"gated delta": {"KEY": 128, "VALUE": 128, "ERASES": True},
+         "RetNet": {"KEY": 256, "VALUE": 512, "ERASES": False}}  # fmt: skip
 
 HEADS = {"HEADS": 80, "GROUPS": 1, "KEY": 128, "VALUE": 64}
 
@@ -164,6 +169,42 @@ def erasing(
     return found
 
 
+def alike(structure: str, target: str, backend: str, where: GPUTarget) -> dict[str, dict[str, int]]:
+    """Compile the kernels of heads whose keys all decay alike, with bfloat16 values."""
+    sizes = ALIKE[structure]
+    q, v = (torch.empty(1, 1, 1, sizes[n], dtype=torch.bfloat16, device="meta") for n in ("KEY", "VALUE"))
+    a = SHAPE.log_decay if sizes["ERASES"] else None
+    cut = fused_alike.tiling(Recurrence(q, q, v, SHAPE.log_decay, a=a), True, target == "sm_90")
+    blocks, pieces = -(-sizes["VALUE"] // cut.walked), -(-sizes["VALUE"] // cut.columns)
+    asked = {name: True for name in ("OUTPUTS", "HAS_SKIP", "HAS_SCALE", "STORE", "MEASURE", "SPLIT")}
+    asked |= {"KEEP": False, "HAS_INITIAL": True, "PRECISION": "ieee" if backend == "hip" else "tf32x3"}
+    asked |= sizes | {"BE": fused_alike.ENTRIES, "BLOCKS": blocks, "PIECES": pieces}
+    asked |= {"SUMS": blocks, "STEP": 4} if sizes["ERASES"] else {"SUMS": pieces, "STEP": 1}
+    invert = {} if cut.invert_registers is None else {"maxnreg": cut.invert_registers}
+    walked = {"BK": cut.walked_keys, "BV": cut.walked, "STAGES": cut.walk_stages}
+    reads = {"BS": cut.read_slice, "BV": cut.columns}
+    launches = [
+        ("prepare", {"BS": cut.slice}, {"num_warps": cut.warps, "num_stages": cut.stages}),
+        ("invert", {"BS": cut.slice}, {"num_warps": cut.invert_warps, "num_stages": 1} | invert),
+        ("walk", walked, {"num_warps": cut.walk_warps}),
+        ("read", reads, {"num_warps": cut.read_warps, "num_stages": cut.read_stages}),
+        ("measure", {}, {"num_warps": 1}),
+    ]
+    found = {}
+    for name, more, options in launches:
+        if name == "invert" and not sizes["ERASES"]:
+            continue
+        kernel = getattr(fused_alike_kernels, name)
+        again = target == "sm_90" and name in ("invert", "walk", "read") and sizes["ERASES"]
+        for careful in (False, True) if again else (False,):
+            tiling = fused.Tiling(cut.chunk, cut.slice, cut.columns)
+            constants = asked | more | {"CAREFUL": careful}
+            described = source(kernel, tiling, "bf16", False, OF_ALIKE, **constants)
+            compiled = triton.compile(described, target=where, options=options)
+            found[f"{'careful ' * careful}{name} {structure} {target}"] = usage(compiled, backend)
+    return found
+
+
 def entries(target: str, backend: str, where: GPUTarget) -> dict[str, dict[str, int]]:
     """Compile the walks where entries decay: a Mamba-1 of 5120 channels, float32 as its values are."""
     shape = {"HEADS": 80, "GROUPS": 1, "KEY": 16, "VALUE": 64}
@@ -202,8 +243,10 @@ def main() -> None:
                 compiled = triton.compile(described, target=where, options=options)
                 results[f"{label} {dtype} {target}"] = usage(compiled, backend)
         for structure, constants in STRUCTURES.items():
-            if constants["KEYED"] or target == "sm_90":  # elsewhere the tiles are the same, and less is done
-                results |= erasing(structure, constants, target, backend, where)
+            results |= erasing(structure, constants, target, backend, where)
+        for structure in ALIKE:
+            if structure == "gated delta" or target == "sm_90":  # elsewhere another scan has the other
+                results |= alike(structure, target, backend, where)
         results |= entries(target, backend, where)
         thin = {"steps": "*fp32", "out": "*fp32", "TIME": "i32", "HEADS": "i32", "WINDOW": "i32"}
         loss = {"logits": "*bf16", "stride": "i32", "targets": "*i64", "loss": "*fp32", "VOCABULARY": "i32"}
