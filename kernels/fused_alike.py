@@ -32,18 +32,18 @@ from statescope.recurrence import Recurrence
 
 from .interface import ScanOutput, Steps
 
-ROWS = 2**21
-"""Tokens times heads times sequences worked on at once: bounds the memory whatever the length."""
+ROWS = 2**19
+"""Tokens times heads times sequences of a stretch: bounds the memory whatever the length.
 
-STRETCHES = 4
-"""Into which a long text is cut, so that one is walked while others are prepared and read."""
-
-CHUNKS = 64
-"""Fewest chunks of such a stretch."""
+One stretch is walked while others are prepared and read. Shorter ones would wait for the host.
+"""
 
 PART = 16
 """Rows of a block that is inverted row by row."""
 
+
+ALIKE = {"enable_fp_fusion": False}
+"""Where a product and a sum were one operation here and two there, what is done again would differ a bit."""
 
 ENTRIES = 256
 """Energies that are added up at once."""
@@ -65,8 +65,6 @@ class Tiling:
     walk_stages: int = 1
     read_warps: int = 4
     read_stages: int = 1
-    invert_warps: int = 4
-    invert_registers: int | None = None
 
 
 def wins(recurrence: Recurrence, modern: bool) -> bool:
@@ -163,8 +161,7 @@ class _Scan:
         self.r, self.outputs, self.measure = r, outputs, measure
         half = halves(r)
         self.cut = cut = tiling(r, half, modern)
-        most = ROWS // (r.batch * r.heads * cut.chunk)
-        self.stretch = cut.chunk * max(1, min(most, max(CHUNKS, -(-r.time // (cut.chunk * STRETCHES)))))
+        self.stretch = cut.chunk * max(1, ROWS // (r.batch * r.heads * cut.chunk))
         overlaps = r.v.is_cuda and self.stretch < r.time
         self.side = torch.cuda.Stream(r.v.device, priority=-1) if overlaps else None
         self.split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
@@ -271,8 +268,7 @@ class _Part:
             "invert", (self.chunks, r.heads, r.batch),
             (*_rows(r.k), *self._scalars()[4:], self.scratch, self.inverse, self.spoiled, *self.sizes),
             {**work.shape, **work.exact, "BS": cut.slice, "CAREFUL": careful},
-            num_warps=cut.invert_warps, num_stages=1,
-            **({} if cut.invert_registers is None else {"maxnreg": cut.invert_registers}),
+            num_warps=cut.warps, num_stages=1, **ALIKE,
         )  # fmt: skip
 
     def walk(self) -> None:
@@ -304,7 +300,7 @@ class _Part:
              "STAGES": cut.walk_stages, "ERASES": r.erases, "HAS_INITIAL": r.initial_state is not None,
              "STORE": work.outputs or work.measure, "MEASURE": work.measure, "KEEP": bool(self.held),
              "CAREFUL": careful},
-            num_warps=cut.walk_warps,
+            num_warps=cut.walk_warps, **ALIKE,
         )  # fmt: skip
 
     def finish(self) -> dict[int, Tensor]:
@@ -330,7 +326,7 @@ class _Part:
             {**work.shape, **work.exact, "VALUE": r.value, "BS": cut.read_slice, "BV": cut.columns,
              "ERASES": r.erases, "HAS_SKIP": r.skip is not None, "OUTPUTS": work.outputs,
              "MEASURE": work.measure, "CAREFUL": careful},
-            num_warps=cut.read_warps, num_stages=cut.read_stages,
+            num_warps=cut.read_warps, num_stages=cut.read_stages, **ALIKE,
         )  # fmt: skip
 
     def _measure(self) -> None:
@@ -343,7 +339,7 @@ class _Part:
             square, removed, total, _ = self.walked_sums.unbind(-1)
             sums = (square, removed, total)
         work.launch(
-            "measure", (self.chunks, r.heads, r.batch),
+            "measure", (self.chunks * r.heads, r.batch),
             (*self._scalars(), *self.of_rows[4:], *sums, crossed, self.energy, found, *found.stride()[:2],
              *self.sizes),
             {**work.shape, "VALUE": r.value, "BE": ENTRIES, "BLOCKS": work.blocks, "SUMS": sums[0].shape[0],

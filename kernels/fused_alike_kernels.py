@@ -135,19 +135,17 @@ def prepare(
         scaled = scaled.to(tl.float32)
     read_of = tl.zeros((L, L), tl.float32)
     of_keys = tl.zeros((L, L), tl.float32)
-    squares = tl.zeros((L,), tl.float32)
-    sums = tl.zeros((L,), tl.float32)
+    sums = tl.zeros((L, 16), tl.float32)
+    ones = _operand(tl.full((BS, 16), 1.0, tl.float32), SPLIT)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
         kt = _operand(_tile(k, k_t, rows, here, keys, KEY, BS), SPLIT)
         if OUTPUTS:
             qt = _operand(_tile(q, q_t, rows, here, keys, KEY, BS), SPLIT)
             read_of = tl.dot(qt, tl.trans(kt), read_of, input_precision=PRECISION)
-        if MEASURE:
+        if MEASURE:  # sums, too, by a product: triton 3.6 may overwrite what is also taken into registers
             of_keys = tl.dot(kt, tl.trans(kt), of_keys, input_precision=PRECISION)
-            kt = kt.to(tl.float32)
-            squares += tl.sum(kt * kt, 1)
-            sums += tl.sum(kt, 1)
+            sums = tl.dot(kt, ones, sums, input_precision=PRECISION)
     left = tl.exp2(tl.cumsum(pace, 0, reverse=True) - pace)
     between = _between(run, rows)
     if not ERASES:
@@ -162,8 +160,9 @@ def prepare(
     if MEASURE:
         read_of = tl.where(rows[:, None] > rows[None, :], of_keys * between, 0.0)
         tl.store(met + square, read_of.to(met.dtype.element_ty))
-        tl.store(key_square + row + rows, squares)
-        tl.store(key_sum + row + rows, sums)
+        squares = tl.where(rows[:, None] == rows[None, :], of_keys, 0.0)
+        tl.store(key_square + row + rows, tl.sum(squares, 1))
+        tl.store(key_sum + row + rows, tl.sum(sums, 1) / 16)
     if ERASES:
         erases = tl.load(a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=here, other=0.0)
         tl.store(rate + row + rows, erases.to(tl.float32) * tl.exp2(run))
@@ -462,11 +461,12 @@ def measure(
     ``energy`` is what :func:`walk` found in ``BLOCKS`` blocks; the sums over columns lie in ``SUMS`` parts,
     ``STEP`` apart, and ``crossed`` in ``PIECES``. ``found`` is (field, batch, row, head): the norms of write
     and state, the mean, the overlap and, under the delta rule, the two of
-    :attr:`statescope.kernels.interface.ScanOutput.erased`. Grid: (chunks, heads, batch).
+    :attr:`statescope.kernels.interface.ScanOutput.erased`. Heads of a chunk, whose results are neighbours,
+    are done side by side. Grid: (chunks * heads, batch).
     """
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    chunk = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    batch = tl.program_id(1).to(tl.int64)
     own = batch * HEADS + head
     rows = tl.arange(0, L)
     here = rows < tl.minimum(ROWS - chunk * L, L).to(tl.int32)

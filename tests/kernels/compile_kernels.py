@@ -180,14 +180,13 @@ def alike(structure: str, target: str, backend: str, where: GPUTarget) -> dict[s
     asked |= {"KEEP": False, "HAS_INITIAL": True, "PRECISION": "ieee" if backend == "hip" else "tf32x3"}
     asked |= sizes | {"BE": fused_alike.ENTRIES, "BLOCKS": blocks, "PIECES": pieces}
     asked |= {"SUMS": blocks, "STEP": 4} if sizes["ERASES"] else {"SUMS": pieces, "STEP": 1}
-    invert = {} if cut.invert_registers is None else {"maxnreg": cut.invert_registers}
     walked = {"BK": cut.walked_keys, "BV": cut.walked, "STAGES": cut.walk_stages}
     reads = {"BS": cut.read_slice, "BV": cut.columns}
     launches = [
         ("prepare", {"BS": cut.slice}, {"num_warps": cut.warps, "num_stages": cut.stages}),
-        ("invert", {"BS": cut.slice}, {"num_warps": cut.invert_warps, "num_stages": 1} | invert),
-        ("walk", walked, {"num_warps": cut.walk_warps}),
-        ("read", reads, {"num_warps": cut.read_warps, "num_stages": cut.read_stages}),
+        ("invert", {"BS": cut.slice}, {"num_warps": cut.warps, "num_stages": 1} | fused_alike.ALIKE),
+        ("walk", walked, {"num_warps": cut.walk_warps} | fused_alike.ALIKE),
+        ("read", reads, {"num_warps": cut.read_warps, "num_stages": cut.read_stages} | fused_alike.ALIKE),
         ("measure", {}, {"num_warps": 1}),
     ]
     found = {}

@@ -244,7 +244,7 @@ def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", [HALVED, WIDE], ids=str)
 def test_stretches_beside_one_another(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU one is walked while others are prepared and read; here of one chunk, and the last cut."""
-    monkeypatch.setattr(fused_alike, "CHUNKS", 1)
+    monkeypatch.setattr(fused_alike, "ROWS", 1)
     r = draw(dataclasses.replace(case, time=200), DEVICE)
     r = r.replace(initial_state=r.initial_state.to(torch.bfloat16))  # others are float32
     positions = (199, 3, 64, 130)
