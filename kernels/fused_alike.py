@@ -39,7 +39,7 @@ One stretch is walked while others are prepared and read. Shorter ones would wai
 """
 
 PART = 16
-"""Rows of a block that is inverted row by row."""
+"""Rows of a block that is inverted row by row; a chunk has one, two or four."""
 
 
 ALIKE = {"enable_fp_fusion": False}
@@ -230,7 +230,7 @@ class _Part:
         self.inverse = empty(r.erases, *square)
         if r.erases and work.split:  # two bfloat16 in its place
             self.inverse = self.inverse.view(torch.bfloat16).view(2, -1)
-        self.scratch = empty(r.erases, *heads, self.padded, PART)
+        self.system = empty(r.erases, *square)
         self.states = empty(reads, *heads, self.chunks, r.key, r.value, dtype=work.dtype)
         self.values = empty(reads and r.erases, *heads, self.padded, r.value, dtype=work.dtype)
         self.energy = empty(work.measure, *heads, self.chunks, work.blocks, r.key, 2)
@@ -266,8 +266,8 @@ class _Part:
         r, work, cut = self.r, self.work, self.work.cut
         self.work.launch(
             "invert", (self.chunks, r.heads, r.batch),
-            (*_rows(r.k), *self._scalars()[4:], self.scratch, self.inverse, self.spoiled, *self.sizes),
-            {**work.shape, **work.exact, "BS": cut.slice, "CAREFUL": careful},
+            (*_rows(r.k), *self._scalars()[4:], self.system, self.inverse, self.spoiled, *self.sizes),
+            {**work.shape, **work.exact, "PART": PART, "BS": cut.slice, "CAREFUL": careful},
             num_warps=cut.warps, num_stages=1, **ALIKE,
         )  # fmt: skip
 

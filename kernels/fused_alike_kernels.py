@@ -18,16 +18,11 @@ from .fused_erasing_kernels import (
     _by_halves,
     _decay_of_rows,
     _exact,
-    _finite,
     _first_exact,
     _marked,
-    _since_bad,
+    _put,
     _split,
-    _unknown,
 )
-
-PART = tl.constexpr(16)
-"""Rows of a diagonal block that is inverted row by row."""
 
 
 @triton.jit
@@ -57,48 +52,38 @@ def _operand(x, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _inverse(system, scratch, down, across, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    r"""Invert :math:`I - M` for a strictly lower :math:`M`, rows ``down`` and ``across`` (:func:`_unknown`).
-
-    Diagonal blocks are inverted in ``scratch``, then joined two by two, :math:`D + D M_{10} D`.
-    """
-    apart = down ^ across  # of rows of one block, or one pair of blocks, less than its size
-    at = scratch + down * PART + (across & (PART - 1))
-    tl.store(at, system, mask=apart < PART)
-    tl.debug_barrier()
-    _invert_blocks(scratch, L)
-    tl.debug_barrier()
-    found = tl.load(at, mask=apart < PART, other=0.0)
-    if L > 16:
-        found = _joined(found, system, apart, 16, SPLIT, PRECISION)
-    if L > 32:
-        found = _joined(found, system, apart, 32, SPLIT, PRECISION)
-    return found
-
-
-@triton.jit
-def _invert_blocks(scratch, L: tl.constexpr):
-    """Invert I - M in place for every block of rows, each column by itself, row by row."""
+def _invert_blocks(system, L: tl.constexpr, PART: tl.constexpr):
+    """Invert I - M in place in blocks on the diagonal, each column by itself, row by row."""
     lanes = tl.arange(0, L)
     column = lanes % PART
-    block = scratch + lanes // PART * (PART * PART)
+    block = system + lanes // PART * (PART * L + PART)
     found = ()
     for row in tl.static_range(PART):
         entry = tl.where(column == row, 1.0, 0.0)
         for earlier in tl.static_range(row):
-            entry += tl.load(block + row * PART + earlier) * found[earlier]
+            entry = tl.fma(tl.load(block + row * L + earlier), found[earlier], entry)
         found = found + (entry,)  # noqa: RUF005 - triton has no other way
     tl.debug_barrier()
     for row in tl.static_range(PART):
-        tl.store(block + row * PART + column, found[row])
+        tl.store(block + row * L + column, found[row])
 
 
 @triton.jit
-def _joined(found, system, apart, SIZE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Join inverses of diagonal blocks of a size two by two."""
-    below = tl.where(apart // SIZE == 1, system, 0.0)
-    below = _exact(below, found, tl.zeros_like(found), SPLIT, PRECISION)
-    return _exact(found, below, found, SPLIT, PRECISION)
+def _join(
+    system, first, SIZE: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Find the inverse's block below two on the diagonal that are inverted, in its place."""
+    part = tl.arange(0, SIZE)
+    at = system + first * (L + 1) + part[:, None] * L + part[None, :]
+    below = tl.load(at + SIZE * L)
+    below = _exact(below, tl.load(at), tl.zeros((SIZE, SIZE), tl.float32), SPLIT, PRECISION)
+    mark = tl.zeros((SIZE, SIZE), tl.float32)
+    if CAREFUL:
+        below, mark = _marked(below)
+    below = _exact(tl.load(at + SIZE * (L + 1)), below, mark, SPLIT, PRECISION)
+    tl.debug_barrier()
+    tl.store(at + SIZE * L, below)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -171,17 +156,18 @@ def prepare(
 
 @triton.jit(do_not_specialize=SIZES)
 def invert(
-    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, a, a_b, a_t, a_h, scratch, inverse, spoiled,
+    k, k_b, k_t, k_g, log_decay, g_b, g_t, g_h, a, a_b, a_t, a_h, system, inverse, spoiled,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
-    L: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, CAREFUL: tl.constexpr,
+    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     r"""Find :math:`(I - M)^{-1} - I` for each chunk, all at once.
 
     Under the delta rule row ``t`` erases :math:`M_{tj} = a_t e^{G_t - G_j} k_t \cdot k_j` of the write of row
-    ``j``. ``inverse`` is (row, earlier row), ``scratch`` (row, 16) is for the work. With CAREFUL heads that
-    are ``spoiled`` are done again, NaN from the first row on that is not finite. Grid: (chunks, heads,
-    batch).
+    ``j``. Blocks of ``PART`` rows on the diagonal are inverted row by row, then joined two by two: the one
+    below is :math:`D_1 M_{10} D_0`. ``inverse`` is (row, earlier row), and so is ``system``, where the work
+    is done. With CAREFUL heads that are ``spoiled`` are done again. Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -191,32 +177,32 @@ def invert(
             return
     rows = tl.arange(0, L)
     here = rows < tl.minimum(ROWS - chunk * L, L).to(tl.int32)
-    row = (batch * HEADS + head) * PADDED + chunk * L
+    own = ((batch * HEADS + head) * PADDED + chunk * L) * L
     k += batch * k_b + chunk * L * k_t + (head // (HEADS // GROUPS)) * k_g
     run = _decay_of_rows(log_decay + batch * g_b + chunk * L * g_t + head * g_h, g_t, rows, here)[1]
     rate = tl.load(a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=here, other=0.0)
-    rate = rate.to(tl.float32)
-    system = tl.zeros((L, L), tl.float32)
+    erased = tl.zeros((L, L), tl.float32)
     for start in range(0, KEY, BS):
         kt = _operand(_tile(k, k_t, rows, here, start + tl.arange(0, BS), KEY, BS), SPLIT)
-        system = tl.dot(kt, tl.trans(kt), system, input_precision=PRECISION)
-    down, across = _unknown(L, ROWS, PADDED)
-    past = down > across
-    system = tl.where(past, system * (_between(run, rows) * rate[:, None]), 0.0)
-    if CAREFUL:
-        system, fine = _finite(system)
-        mark = _since_bad(fine == 0)[:, None]
-        system = tl.where(mark == mark, system, 0.0)
-    found = _inverse(system, scratch + row * PART, down, across, L, SPLIT, PRECISION)
-    found = tl.where(past, found, 0.0)
-    if CAREFUL:
-        found += mark
-    found, found_low = _split(found, SPLIT)
-    square = (row + rows)[:, None] * L + rows[None, :]
-    tl.store(inverse + square, found)
-    if SPLIT:
-        plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * L
-        tl.store(inverse + plane + square, found_low)
+        erased = tl.dot(kt, tl.trans(kt), erased, input_precision=PRECISION)
+    erased *= _between(run, rows) * rate.to(tl.float32)[:, None]
+    past = rows[:, None] > rows[None, :]
+    at = rows[:, None] * L + rows[None, :]
+    system += own
+    tl.store(system + at, tl.where(past, erased, 0.0))
+    tl.debug_barrier()
+    _invert_blocks(system, L, PART)
+    tl.debug_barrier()
+    if L > PART:
+        for first in tl.static_range(0, L, 2 * PART):
+            _join(system, first, PART, L, SPLIT, PRECISION, CAREFUL)
+        tl.debug_barrier()
+    if L > 2 * PART:
+        _join(system, 0, 2 * PART, L, SPLIT, PRECISION, CAREFUL)
+        tl.debug_barrier()
+    found, found_low = _split(tl.where(past, tl.load(system + at), 0.0), SPLIT)
+    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * L
+    _put(found, found_low, inverse + own + at, plane, None, SPLIT)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -182,9 +182,10 @@ def alike(structure: str, target: str, backend: str, where: GPUTarget) -> dict[s
     asked |= {"SUMS": blocks, "STEP": 4} if sizes["ERASES"] else {"SUMS": pieces, "STEP": 1}
     walked = {"BK": cut.walked_keys, "BV": cut.walked, "STAGES": cut.walk_stages}
     reads = {"BS": cut.read_slice, "BV": cut.columns}
+    inverts = {"BS": cut.slice, "PART": fused_alike.PART}
     launches = [
         ("prepare", {"BS": cut.slice}, {"num_warps": cut.warps, "num_stages": cut.stages}),
-        ("invert", {"BS": cut.slice}, {"num_warps": cut.warps, "num_stages": 1} | fused_alike.ALIKE),
+        ("invert", inverts, {"num_warps": cut.warps, "num_stages": 1} | fused_alike.ALIKE),
         ("walk", walked, {"num_warps": cut.walk_warps} | fused_alike.ALIKE),
         ("read", reads, {"num_warps": cut.read_warps, "num_stages": cut.read_stages} | fused_alike.ALIKE),
         ("measure", {}, {"num_warps": 1}),
