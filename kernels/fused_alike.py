@@ -98,7 +98,7 @@ def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
     keys, values = (max(16, 1 << (n - 1).bit_length()) for n in (r.key, r.value))
     if half and modern:
         if r.erases:
-            return Tiling(64, 64, keys, 32, 64, min(values, 128), walk_stages=3, read_stages=3)
+            return Tiling(64, 64, keys, 32, 64, min(values, 128), stages=3, walk_stages=3, read_stages=3)
         return Tiling(64, 64, 64, 64, 64, min(values, 128), stages=3, walk_stages=3, read_stages=3)
     some, columns = min(keys, 32), min(values, 32)
     across = keys if r.erases else some
