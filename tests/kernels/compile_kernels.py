@@ -110,7 +110,7 @@ def usage(compiled: Any, backend: str) -> dict[str, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     found = {"registers": int(registers), "shared": compiled.metadata.shared, "spilled": int(stack)}
-    return found | {"known": known_operands(compiled.asm["ptx"])}
+    return found | {"known": known_operands(compiled.asm["ptx"]), "twice": read_twice(compiled.asm["ttgir"])}
 
 
 def known_operands(ptx: str) -> int:
@@ -125,6 +125,23 @@ def known_operands(ptx: str) -> int:
     operands = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, \{([^}]*)\}", ptx)
     shares = [sum(constant(r.strip()) for r in o.split(",")) for o in operands]
     return sum(0 < share < 4 for share in shares)
+
+
+def read_twice(ttgir: str) -> int:
+    """Count the pipelined tiles that registers read too, where products that read them may be pending."""
+    text = re.sub(r" loc\(.*", "", ttgir)
+    views = dict(re.findall(r"(%\w+) = ttg.memdesc_(?:index|trans) (%\w+)", text))
+
+    def tiles(found: list[str]) -> set[str]:
+        while any(x in views for x in found):
+            found = [views.get(x, x) for x in found]
+        return set(found)
+
+    copied = tiles(re.findall(r"ttg.async_copy_global_to_local %\w+, (%\w+)", text))
+    loaded = tiles(re.findall(r"ttg.local_load (%\w+)", text))
+    operands = re.findall(r"warp_group_dot (%\w+), (%\w+), .*isAsync = true", text)
+    pending = re.search(r"pendings = [1-9]", text)
+    return len(copied & loaded & tiles([x for pair in operands for x in pair])) if pending else 0
 
 
 def erasing(
