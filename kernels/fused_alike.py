@@ -3,20 +3,23 @@ r"""Heads whose keys all decay alike on a GPU (Triton): the delta rule, and stat
 The algebra is that of :mod:`statescope.kernels.chunked` and :mod:`statescope.kernels.delta`. All launches but
 ``walk`` do all chunks at once:
 
-1. ``prepare``: what queries and keys of a chunk read of its earlier writes, and under the delta rule the
-   inverse of what they erase of one another.
-2. ``walk``: over all chunks for each head and block of the state, which stays in registers: the state that
+1. ``prepare``: what queries and keys of a chunk read of its earlier writes.
+2. ``invert``, under the delta rule: what is erased of one write after another.
+3. ``walk``: over all chunks for each head and block of the state, which stays in registers: the state that
    enters each chunk, its energy, and under the delta rule what is written.
-3. ``read``: ``y``, and what is written beside what is stored.
-4. ``walk`` and ``read`` again, which return at once for every head that no NaN or infinity has entered.
+4. ``read``: ``y``, and what is written beside what is stored.
 5. ``measure``: energy and sum of the state token by token, from scalars alone.
+
+All but the first and the last are launched again, and return at once for every head that no NaN and no
+infinity has entered. A long text is cut into stretches, of which one is walked while others are prepared and
+read: a walk leaves most of a GPU idle.
 
 What feeds back into later writes is computed by products of bfloat16 halves, or with other inputs in tf32x3;
 what is only read, in bfloat16 or float32. Nothing waits for the device.
 
-With ``h`` heads of ``k`` keys and ``v`` values in bfloat16 a token of a chunk of 64 moves ``h (8 k + 6 v)``
-bytes of inputs and outputs, ``256 h`` of relations between rows, ``h k v / 16`` of states, and under the
-delta rule ``h (256 + 4 v)`` more.
+With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, in chunks of 64, a token moves ``h (10 k + 6 v)``
+bytes of inputs and outputs, ``512 h`` of relations between rows and ``h k v / 16`` of states; under the delta
+rule ``h (2 k + 2 v + 768)`` more.
 """
 
 from __future__ import annotations

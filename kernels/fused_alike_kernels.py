@@ -2,7 +2,8 @@
 
 Base-2 logarithms as in :mod:`statescope.kernels.fused_kernels`. Buffers between the launches are (..., batch,
 head, padded row, ...), where padding decays nothing and writes nothing. With SPLIT operands are bfloat16, and
-what feeds back is multiplied in halves; otherwise all is float32.
+what feeds back is multiplied in halves; otherwise all is float32. In a loop whose loads run ahead, no tile is
+both an operand and read by registers: triton 3.6 would overwrite it while products that read it are pending.
 
 A product over rows takes a NaN or an infinity to earlier ones (0 * NaN is NaN). Whatever is not finite stays
 in the state for good, so the last state tells which heads have to be walked and read again with CAREFUL: rows
@@ -128,7 +129,7 @@ def prepare(
         if OUTPUTS:
             qt = _operand(_tile(q, q_t, rows, here, keys, KEY, BS), SPLIT)
             read_of = tl.dot(qt, tl.trans(kt), read_of, input_precision=PRECISION)
-        if MEASURE:  # sums, too, by a product: triton 3.6 may overwrite what is also taken into registers
+        if MEASURE:  # sums, too, by a product: see above
             of_keys = tl.dot(kt, tl.trans(kt), of_keys, input_precision=PRECISION)
             sums = tl.dot(kt, ones, sums, input_precision=PRECISION)
     left = tl.exp2(tl.cumsum(pace, 0, reverse=True) - pace)
