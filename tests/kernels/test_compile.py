@@ -137,12 +137,11 @@ ANEW = """
 from triton.runtime.jit import JITFunction
 from statescope.kernels import fused_alike_kernels, fused_entries_kernels, fused_kernels, window_kernels
 modules = fused_alike_kernels, fused_entries_kernels, fused_kernels, window_kernels
-lengths = {*fused_kernels.LENGTHS, *fused_alike_kernels.SIZES}
 kernels = [k for m in modules for k in vars(m).values() if isinstance(k, JITFunction)]
 kernels = [k for k in kernels if not k.__name__.startswith("_")]
 print(len(kernels), *(
     f"{k.__name__}:{p.name}" for k in kernels for p in k.params
-    if p.name in lengths and not p.do_not_specialize
+    if p.name in fused_kernels.LENGTHS and not p.do_not_specialize
 ))
 """
 
