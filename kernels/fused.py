@@ -13,8 +13,9 @@ the inputs lie column by column):
 6. ``measure_steps``: norms and means by scalar recurrences inside each chunk, from what the walks carried to
    it; the walks start from the states of step 3, so that no error builds up from span to span.
 
-This is for one decay per head and no erase term; decay per entry is for
-:mod:`statescope.kernels.fused_entries`, all else that is served for :mod:`statescope.kernels.fused_erasing`.
+This is for one decay per head and no erase term; with the delta rule's, and where a state has many keys, that
+is for :mod:`statescope.kernels.fused_alike`, decay per entry for :mod:`statescope.kernels.fused_entries`, and
+all else that is served for :mod:`statescope.kernels.fused_keyed`.
 
 With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, a token moves ``6 h v`` bytes of values and
 outputs (values are read twice) and about ``60 h`` of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))``
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from . import fused_entries, fused_erasing, fused_keyed
+from . import fused_alike, fused_entries, fused_keyed
 from .interface import ScanOutput, Steps
 from .launches import Launcher
 from .rates import Rated
@@ -109,17 +110,17 @@ def scan(
     if not all(0 <= p < recurrence.time for p in positions):
         raise ValueError(f"positions {list(positions)} do not all lie in 0 to {recurrence.time - 1}")
     with torch.cuda.device(recurrence.v.device) if recurrence.v.is_cuda else contextlib.nullcontext():
-        if recurrence.erases or not recurrence.scalar_decay:
-            q, k, v = (by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
-            if (g := recurrence.log_decay).ndim == 5:
-                g = Rated(by_rows(g.step), g.rate.contiguous()) if isinstance(g, Rated) else g
-                r = recurrence.replace(q=q, k=k, v=v, log_decay=g)
-                return fused_entries.scan(r, outputs, measure, positions)
-            modern = _interpreted() or _bulk_copies(recurrence.v)
-            keyed = not recurrence.scalar_decay or (recurrence.erases and not recurrence.delta_rule)
-            other = fused_keyed if keyed else fused_erasing
-            return other.scan(recurrence, q, k, v, outputs, measure, positions, modern)
-        return _Scan(recurrence, outputs, measure).run(positions)
+        modern = _interpreted() or _bulk_copies(recurrence.v)
+        alike = recurrence.scalar_decay and (recurrence.delta_rule or not recurrence.erases)
+        if alike and not recurrence.erases and not fused_alike.wins(recurrence, modern):
+            return _Scan(recurrence, outputs, measure).run(positions)
+        q, k, v = (by_rows(x) for x in (recurrence.q, recurrence.k, recurrence.v))
+        if (g := recurrence.log_decay).ndim == 5:
+            g = Rated(by_rows(g.step), g.rate.contiguous()) if isinstance(g, Rated) else g
+            r = recurrence.replace(q=q, k=k, v=v, log_decay=g)
+            return fused_entries.scan(r, outputs, measure, positions)
+        serves = fused_alike if alike else fused_keyed
+        return serves.scan(recurrence, q, k, v, outputs, measure, positions, modern)
 
 
 @dataclass(frozen=True)

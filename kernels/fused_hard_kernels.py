@@ -16,17 +16,23 @@ from .fused_tiles import (
     _dot,
     _exact,
     _finite,
-    _halfway,
     _halves,
-    _keys,
     _put,
     _put_system,
     _split,
     _store,
+    _tile,
     _tokens,
     _within,
     _written_keys,
 )
+
+
+@triton.jit
+def _halfway(g, L: tl.constexpr):
+    """What each key forgets in the first half of the rows, and in all."""
+    first = tl.where((tl.arange(0, L) < L // 2)[:, None], g, 0.0)
+    return tl.sum(first, 0)[None, :], tl.sum(g, 0)[None, :]
 
 
 @triton.jit
@@ -134,7 +140,7 @@ def _relate_part(
         if ERASES:
             xt, at = kt, local
             if PAIRS:
-                xt = _keys(b, b_t, own_tokens, own_decays, keys, KEY, BS).to(tl.float32)
+                xt = _tile(b, b_t, own_tokens, own_decays, keys, KEY, BS).to(tl.float32)
                 at = local - own_g
             erased = _exact(xt * _factor(at - middle), tl.trans(early), erased, SPLIT, PRECISION)
             if far:
@@ -143,7 +149,7 @@ def _relate_part(
             x, x_low = _split(x, SPLIT)
             _put(x, x_low, through + at_rows, plane, keys, KEY, BS, SPLIT)
         if OUTPUTS:
-            qt = _keys(q, q_t, own_tokens, own_ends, keys, KEY, BS).to(tl.float32)
+            qt = _tile(q, q_t, own_tokens, own_ends, keys, KEY, BS).to(tl.float32)
             read_of = _dot(qt * _factor(local - middle), tl.trans(early), read_of, SPLIT, PRECISION)
             if far:
                 read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)

@@ -21,7 +21,6 @@ from .fused_tiles import (
     _invert,
     _invert_blocks,
     _join,
-    _keys,
     _load,
     _marked,
     _put,
@@ -32,6 +31,7 @@ from .fused_tiles import (
     _state,
     _store,
     _take,
+    _tile,
     _tokens,
     _unknown,
     _within,
@@ -105,7 +105,7 @@ def relate(
         at_rows = rows[:, None] * KEY + keys[None, :]
         xt, at = kt, local
         if PAIRS:
-            xt, at = _keys(b, b_t, tokens, decays, keys, KEY, BS).to(tl.float32), local - g
+            xt, at = _tile(b, b_t, tokens, decays, keys, KEY, BS).to(tl.float32), local - g
         if WIDE:
             halfway = tl.sum(tl.where(upper, g, 0.0), 0)[None, :]
             within = tl.minimum(within, _within(halfway, total, 2 * RANGE))
@@ -129,7 +129,7 @@ def relate(
             late = tl.where(upper, 0.0, early)
             early = tl.where(upper, early, 0.0)
         if OUTPUTS:
-            qt = _keys(q, q_t, tokens, ends, keys, KEY, BS).to(tl.float32)
+            qt = _tile(q, q_t, tokens, ends, keys, KEY, BS).to(tl.float32)
             x = qt * tl.exp2(local - middle)
             read_of = _dot(x, tl.trans(early), read_of, SPLIT, PRECISION)
             if WIDE:
@@ -218,7 +218,7 @@ def solve(
     mark = _since_bad(~usable)[:, None]
     if tl.load(hard + (batch * HEADS + head) * CHUNKS + chunk) == 2:
         mark += _without_bad(system + square, (rows < L)[:, None])
-    _invert(system, L, PART, SPLIT, PRECISION)
+    _invert(system, L, PART, SPLIT, PRECISION, False)
     inverse = tl.load(system + square) + mark
     to_keys, to_keys_low = _split(inverse * rate[None, :], SPLIT)
     for start in range(0, KEY, BS):
@@ -283,8 +283,8 @@ def solve_pairs(
     blocks = rows // half * (L * L) + rows % half // PART * (PART * L + PART) * 2
     _invert_blocks(system + blocks, L, PART, 2)
     if half > PART:
-        _join(system, PART, L, 2, SPLIT, PRECISION)
-        _join(system + L * L, PART, L, 2, SPLIT, PRECISION)
+        _join(system, PART, L, 2, SPLIT, PRECISION, False)
+        _join(system + L * L, PART, L, 2, SPLIT, PRECISION, False)
         tl.debug_barrier()
     inverse = tl.load(system + square, mask=own, other=0.0) + mark
     inverse, inverse_low = _split(inverse, SPLIT)
@@ -585,7 +585,7 @@ def measure(
         key_squares += _along(kt * kt)
         energy = 2 * stored + kt * kt * squares
         if PAIRS:
-            pair = kt * _keys(a, a_t, tokens, ends, keys, KEY, BS).to(tl.float32)
+            pair = kt * _tile(a, a_t, tokens, ends, keys, KEY, BS).to(tl.float32)
             pair_products += _along(pair)
             energy += 2 * pair * beside
         _store(gained + rows[:, None] * KEY + keys[None, :], energy, keys, KEY, BS)

@@ -1,4 +1,4 @@
-"""Tiles of rows that the kernels of :mod:`statescope.kernels.fused_keyed` share; importing it needs triton.
+"""What kernels do with tiles of the rows of a chunk; importing it needs triton.
 
 Base-2 logarithms as in :mod:`statescope.kernels.fused_kernels`. A chunk is ``L`` rows, each one write of
 rank one: a token, or with PAIRS every other token's erase term and write in turn. Buffers between the
@@ -154,25 +154,6 @@ def _marked(x):
 
 
 @triton.jit
-def _first_exact(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add a product of what feeds back, of which the first loses nothing in bfloat16."""
-    if SPLIT:
-        a = a.to(tl.bfloat16)
-        high, low = _halves(b)
-        found = tl.dot(a, high, tl.dot(a, low, c))
-    else:
-        found = tl.dot(a, b, c, input_precision=PRECISION)
-    return found
-
-
-@triton.jit
-def _halfway(g, L: tl.constexpr):
-    """What each key forgets in the first half of the rows, and in all."""
-    first = tl.where((tl.arange(0, L) < L // 2)[:, None], g, 0.0)
-    return tl.sum(first, 0)[None, :], tl.sum(g, 0)[None, :]
-
-
-@triton.jit
 def _within(halfway, total, MOST: tl.constexpr):
     """1 for each key that forgets no more than that in either half; 0 also for what is no number."""
     return ((halfway >= -MOST) & (total - halfway >= -MOST) & (total < float("inf"))).to(tl.int32)
@@ -210,29 +191,34 @@ def _invert_blocks(blocks, L: tl.constexpr, PART: tl.constexpr, STEP: tl.constex
 @triton.jit
 def _join(
     system, SIZE: tl.constexpr, L: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     r"""Below two blocks on the diagonal that are inverted, find the inverse :math:`D_1 M_{10} D_0`."""
     part = tl.arange(0, SIZE)
     at = system + (part[:, None] * L + part[None, :]) * STEP
     below = tl.load(at + SIZE * L * STEP)
     below = _exact(below, tl.load(at), tl.zeros((SIZE, SIZE), tl.float32), SPLIT, PRECISION)
-    after = tl.load(at + SIZE * (L + 1) * STEP)
-    below = _exact(after, below, tl.zeros((SIZE, SIZE), tl.float32), SPLIT, PRECISION)
+    mark = tl.zeros((SIZE, SIZE), tl.float32)
+    if CAREFUL:
+        below, mark = _marked(below)
+    below = _exact(tl.load(at + SIZE * (L + 1) * STEP), below, mark, SPLIT, PRECISION)
     tl.debug_barrier()
     tl.store(at + SIZE * L * STEP, below)
 
 
 @triton.jit
-def _invert(system, L: tl.constexpr, PART: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def _invert(
+    system, L: tl.constexpr, PART: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
     """Invert I - M in place for a strictly lower M: blocks on the diagonal row by row, then two by two."""
     lanes = tl.arange(0, L)
     _invert_blocks(system + lanes // PART * (PART * L + PART), L, PART, 1)
     for first in tl.static_range(0, L - PART, 2 * PART):
-        _join(system + first * (L + 1), PART, L, 1, SPLIT, PRECISION)
+        _join(system + first * (L + 1), PART, L, 1, SPLIT, PRECISION, CAREFUL)
     tl.debug_barrier()
     if L > 2 * PART:
-        _join(system, 2 * PART, L, 1, SPLIT, PRECISION)
+        _join(system, 2 * PART, L, 1, SPLIT, PRECISION, CAREFUL)
         tl.debug_barrier()
 
 
@@ -251,10 +237,10 @@ def _tokens(rows, left, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _keys(k, k_t, tokens, asked, keys, KEY: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys, or queries, as they are given."""
-    mask = _shown(asked, keys, KEY, BLOCK)
-    return tl.load(k + tokens[:, None] * k_t + keys[None, :], mask=mask, other=0.0)
+def _tile(x, x_t, rows, there, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Load a block of columns of rows that are there, zero elsewhere."""
+    mask = _shown(there, columns, WIDTH, BLOCK)
+    return tl.load(x + rows[:, None] * x_t + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -262,9 +248,9 @@ def _written_keys(
     k, k_t, a, a_t, tokens, decays, last, keys, KEY: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
     """The keys that rows write with: with PAIRS ``a`` and ``k`` in turn."""
-    found = _keys(k, k_t, tokens, last, keys, KEY, BLOCK).to(tl.float32)
+    found = _tile(k, k_t, tokens, last, keys, KEY, BLOCK).to(tl.float32)
     if PAIRS:
-        found += _keys(a, a_t, tokens, decays, keys, KEY, BLOCK).to(tl.float32)
+        found += _tile(a, a_t, tokens, decays, keys, KEY, BLOCK).to(tl.float32)
     return found
 
 
@@ -297,27 +283,3 @@ def _halves_of_input(a, a_low, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexp
         b, b_low = _split(b.to(tl.float32), SPLIT)
         found = _by_halves(a, a_low, b, b_low, c, SPLIT, PRECISION)
     return found
-
-
-@triton.jit
-def _of_inputs(a, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add a product of two inputs that feeds back."""
-    if SPLIT and a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
-        found = tl.dot(a, b, c)
-    else:
-        found = _exact(a.to(tl.float32), b.to(tl.float32), c, SPLIT, PRECISION)
-    return found
-
-
-@triton.jit
-def _decay_of_rows(log_decay, g_t, tokens, decays):
-    """Log decay of rows that is the same for all keys, base 2, and its sums up to each."""
-    g = _bounded(tl.load(log_decay + tokens * g_t, mask=decays, other=0.0))
-    return g, tl.cumsum(g, 0)
-
-
-@triton.jit
-def _between(local, rows):
-    """What survives from each earlier row, across, to each row, down; 1 where it is not earlier."""
-    past = rows[:, None] >= rows[None, :]
-    return tl.exp2(tl.where(past, local[:, None] - local[None, :], 0.0))

@@ -65,6 +65,8 @@ CASES = (
     Case(31, groups=2, key=24, value=33, initial=True, delta=True),
     Case(65, heads=1, batch=2, initial=True, skip=False, delta=True, dtype=torch.bfloat16),
     Case(40, heads=1, key=40, value=5, scale=False, delta=True, dtype=torch.float16),
+    Case(140, groups=2, key=40, value=70, initial=True, delta=True, dtype=torch.bfloat16),
+    Case(150, batch=2, key=130, value=70, initial=True, dtype=torch.bfloat16),
     Case(1, keyed=True),
     Case(18, groups=2, key=9, value=20, initial=True, keyed=True),
     Case(33, heads=1, key=33, value=5, scale=False, skip=False, keyed=True, dtype=torch.float16),

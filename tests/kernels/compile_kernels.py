@@ -21,10 +21,10 @@ from triton.compiler import ASTSource
 
 from statescope.kernels import (
     fused,
+    fused_alike,
+    fused_alike_kernels,
     fused_entries,
     fused_entries_kernels,
-    fused_erasing,
-    fused_erasing_kernels,
     fused_hard_kernels,
     fused_kernels,
     fused_keyed,
@@ -47,11 +47,14 @@ INTEGERS = {
 MADE = ("remaining", "through", "asked", "states", "seen")
 """Buffers in the inputs' dtype."""
 
-STRUCTURES = {
-    "gated delta": {"KEYED": False, "PAIRS": False, "ERASES": True},
-    "RWKV-7": {"KEYED": True, "PAIRS": True, "ERASES": True},
-}
-"""The two ends: KDA is between them, and decay per key alone is less of it."""
+OF_ALIKE = ("inverse", "met", "seen", "states", "u", "values")
+"""The same, of the kernels of heads whose keys all decay alike."""
+
+STRUCTURES = {"RWKV-7": {"PAIRS": True, "ERASES": True}}
+"""All there is where keys decay each at its own rate: KDA and decay per key alone are less of it."""
+
+ALIKE = {"gated delta": {"KEY": 128, "VALUE": 128, "ERASES": True},
+         "RetNet": {"KEY": 256, "VALUE": 512, "ERASES": False}}  # fmt: skip
 
 HEADS = {"HEADS": 80, "GROUPS": 1, "KEY": 128, "VALUE": 64}
 
@@ -73,7 +76,7 @@ def source(
             signature[argument] = "constexpr"
         elif argument in shapes and bulk:
             signature[argument] = f"tensordesc<{dtype}[{tiling.chunk}, {shapes[argument]}]>"
-        elif argument in INTEGERS or re.fullmatch("[qkuvabgwy]_[btghkv]", argument):
+        elif argument in INTEGERS or re.fullmatch("(found|[qkuvabgwy])_[fbtghkv]", argument):
             signature[argument] = "i32"
             if argument not in INTEGERS or argument == "PADDED":
                 attributes[i,] = [["tt.divisibility", 16]]
@@ -107,7 +110,8 @@ def usage(compiled: Any, backend: str) -> dict[str, int]:
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     found = {"registers": int(registers), "shared": compiled.metadata.shared, "spilled": int(stack)}
     ptx = compiled.asm["ptx"]
-    return found | {"known": known_operands(ptx), "narrow": narrow_operands(ptx)}
+    traps = {"known": known_operands(ptx), "narrow": narrow_operands(ptx)}
+    return found | traps | {"twice": read_twice(compiled.asm["ttgir"])}
 
 
 def known_operands(ptx: str) -> int:
@@ -129,57 +133,96 @@ def narrow_operands(ptx: str) -> int:
     return len(re.findall(r"wgmma\.mma_async\S*m64n32k\S* \{[^}]*\}, \{", ptx))
 
 
-def erasing(
+def read_twice(ttgir: str) -> int:
+    """Count the pipelined tiles that registers read too, where products that read them may be pending."""
+    text = re.sub(r" loc\(.*", "", ttgir)
+    views = dict(re.findall(r"(%\w+) = ttg.memdesc_(?:index|trans) (%\w+)", text))
+
+    def tiles(found: list[str]) -> set[str]:
+        while any(x in views for x in found):
+            found = [views.get(x, x) for x in found]
+        return set(found)
+
+    copied = tiles(re.findall(r"ttg.async_copy_global_to_local %\w+, (%\w+)", text))
+    loaded = tiles(re.findall(r"ttg.local_load (%\w+)", text))
+    operands = re.findall(r"warp_group_dot (%\w+), (%\w+), .*isAsync = true", text)
+    pending = re.search(r"pendings = [1-9]", text)
+    return len(copied & loaded & tiles([x for pair in operands for x in pair])) if pending else 0
+
+
+def keyed(
     structure: str, constants: dict[str, bool], target: str, backend: str, where: GPUTarget
 ) -> dict[str, dict[str, int]]:
-    """Compile the kernels of a structure that erases, or whose keys decay, with bfloat16 values."""
+    """Compile the kernels of a structure whose keys decay each at its own rate, with bfloat16 values."""
     decay = torch.empty(1, 1, 1, HEADS["KEY"], device="meta")
-    shape = SHAPE.replace(log_decay=decay) if constants["KEYED"] else SHAPE
-    keyed = constants["KEYED"]
-    launcher = fused_keyed if keyed else fused_erasing
-    cut = launcher.tiling(shape, True, target == "sm_90")
+    cut = fused_keyed.tiling(SHAPE.replace(log_decay=decay), True, target == "sm_90")
     asked = {name: True for name in ("OUTPUTS", "HAS_SKIP", "HAS_INITIAL", "STORE", "MEASURE", "SPLIT")}
     asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "PRECISION": "ieee"}
     asked |= constants | {"DELTA": constants["ERASES"] and not constants["PAIRS"]}
     usual = {"num_warps": cut.warps, "num_stages": cut.stages}
     walked = {"BK": cut.walked_keys, "BV": cut.walked, "STAGES": cut.walk_stages}
-    launches: list[tuple[str, dict[str, Any], dict[str, Any]]]
-    if keyed:
-        measured = {"BS": cut.measured, "BV": cut.measured_columns}
-        solving = {} if target != "sm_90" else {"maxnreg": cut.solve_registers}
-        solved = {"PART": fused_keyed.SOLVED, "BS": cut.solved, "BV": cut.solved}
-        parts = {"PART": fused_keyed.PART, "BS": cut.part, "BV": cut.part}
-        few = {"num_warps": cut.part_warps, "num_stages": cut.part_stages}
-        launches = [
-            ("relate", {"BS": cut.related, "WIDE": False}, usual),
-            ("relate wide", {"BS": cut.related, "WIDE": True}, usual),
-            ("solve", solved, usual | solving),
-            ("solve_pairs", solved, usual | solving),
-            ("walk", walked | {"BLOCKS": -(-HEADS["VALUE"] // cut.walked)}, {"num_warps": cut.warps}),
-            ("read", {"BS": cut.read_keys, "BV": cut.read_columns}, usual),
-            ("measure", measured | {"WIDE": False}, usual | {"num_stages": cut.measure_stages}),
-            ("measure wide", measured | {"WIDE": True}, usual | {"num_stages": cut.measure_stages}),
-            ("tally", {"BK": cut.keys, "BLOCKS": 4}, {"num_warps": 1}),
-            ("relate_parts", parts, few),
-            ("measure_parts", parts, few),
-        ]
-    else:
-        blocks = -(-HEADS["VALUE"] // cut.columns) * (cut.columns // cut.walked)
-        reads = {"BS": cut.read_slice, "BV": cut.columns, "BLOCKS": blocks, "RELATED": False}
-        launches = [
-            ("prepare", {"BS": cut.slice, "BV": cut.block}, usual),
-            ("walk", walked | {"BLOCKS": blocks}, usual),
-            ("read", reads, usual),
-        ]
-    module = fused_keyed_kernels if keyed else fused_erasing_kernels
+    measured = {"BS": cut.measured, "BV": cut.measured_columns}
+    solving = {} if target != "sm_90" else {"maxnreg": cut.solve_registers}
+    solved = {"PART": fused_keyed.SOLVED, "BS": cut.solved, "BV": cut.solved}
+    parts = {"PART": fused_keyed.PART, "BS": cut.part, "BV": cut.part}
+    few = {"num_warps": cut.part_warps, "num_stages": cut.part_stages}
+    launches = [
+        ("relate", {"BS": cut.related, "WIDE": False}, usual),
+        ("relate wide", {"BS": cut.related, "WIDE": True}, usual),
+        ("solve", solved, usual | solving),
+        ("solve_pairs", solved, usual | solving),
+        ("walk", walked | {"BLOCKS": -(-HEADS["VALUE"] // cut.walked)}, {"num_warps": cut.warps}),
+        ("read", {"BS": cut.read_keys, "BV": cut.read_columns}, usual),
+        ("measure", measured | {"WIDE": False}, usual | {"num_stages": cut.measure_stages}),
+        ("measure wide", measured | {"WIDE": True}, usual | {"num_stages": cut.measure_stages}),
+        ("tally", {"BK": cut.keys, "BLOCKS": 4}, {"num_warps": 1}),
+        ("relate_parts", parts, few),
+        ("measure_parts", parts, few),
+    ]
     found = {}
     for label, more, options in launches:
         name = label.split()[0]
-        kernel = getattr(module, name, None) or getattr(fused_hard_kernels, name)
+        kernel = getattr(fused_keyed_kernels, name, None) or getattr(fused_hard_kernels, name)
         tiling = fused.Tiling(cut.chunk, cut.keys, 64)
         described = source(kernel, tiling, "bf16", False, MADE, **asked | more)
         compiled = triton.compile(described, target=where, options=options)
         found[f"{label} {structure} {target}"] = usage(compiled, backend)
+    return found
+
+
+def alike(structure: str, target: str, backend: str, where: GPUTarget) -> dict[str, dict[str, int]]:
+    """Compile the kernels of heads whose keys all decay alike, with bfloat16 values."""
+    sizes = ALIKE[structure]
+    q, v = (torch.empty(1, 1, 1, sizes[n], dtype=torch.bfloat16, device="meta") for n in ("KEY", "VALUE"))
+    a = SHAPE.log_decay if sizes["ERASES"] else None
+    cut = fused_alike.tiling(Recurrence(q, q, v, SHAPE.log_decay, a=a), True, target == "sm_90")
+    blocks, pieces = -(-sizes["VALUE"] // cut.walked), -(-sizes["VALUE"] // cut.columns)
+    asked = {name: True for name in ("OUTPUTS", "HAS_SKIP", "HAS_SCALE", "STORE", "MEASURE", "SPLIT")}
+    asked |= {"KEEP": False, "HAS_INITIAL": True, "PRECISION": "ieee" if backend == "hip" else "tf32x3"}
+    asked |= sizes | {"BE": fused_alike.ENTRIES, "BLOCKS": blocks, "PIECES": pieces}
+    asked |= {"SUMS": blocks, "STEP": 4} if sizes["ERASES"] else {"SUMS": pieces, "STEP": 1}
+    walked = {"BK": cut.walked_keys, "BV": cut.walked, "STAGES": cut.walk_stages}
+    reads = {"BS": cut.read_slice, "BV": cut.columns}
+    inverts = {"BS": cut.slice, "PART": fused_alike.PART}
+    launches = [
+        ("prepare", {"BS": cut.slice}, {"num_warps": cut.warps, "num_stages": cut.stages}),
+        ("invert", inverts, {"num_warps": cut.warps, "num_stages": 1} | fused_alike.ALIKE),
+        ("walk", walked, {"num_warps": cut.walk_warps} | fused_alike.ALIKE),
+        ("read", reads, {"num_warps": cut.read_warps, "num_stages": cut.read_stages} | fused_alike.ALIKE),
+        ("measure", {}, {"num_warps": 1}),
+    ]
+    found = {}
+    for name, more, options in launches:
+        if name == "invert" and not sizes["ERASES"]:
+            continue
+        kernel = getattr(fused_alike_kernels, name)
+        again = target == "sm_90" and name in ("invert", "walk", "read") and sizes["ERASES"]
+        for careful in (False, True) if again else (False,):
+            tiling = fused.Tiling(cut.chunk, cut.slice, cut.columns)
+            constants = asked | more | {"CAREFUL": careful}
+            described = source(kernel, tiling, "bf16", False, OF_ALIKE, **constants)
+            compiled = triton.compile(described, target=where, options=options)
+            found[f"{'careful ' * careful}{name} {structure} {target}"] = usage(compiled, backend)
     return found
 
 
@@ -221,8 +264,10 @@ def main() -> None:
                 compiled = triton.compile(described, target=where, options=options)
                 results[f"{label} {dtype} {target}"] = usage(compiled, backend)
         for structure, constants in STRUCTURES.items():
-            if constants["KEYED"] or target == "sm_90":  # elsewhere the tiles are the same, and less is done
-                results |= erasing(structure, constants, target, backend, where)
+            results |= keyed(structure, constants, target, backend, where)
+        for structure in ALIKE:
+            if structure == "gated delta" or target == "sm_90":  # elsewhere another scan has the other
+                results |= alike(structure, target, backend, where)
         results |= entries(target, backend, where)
         thin = {"steps": "*fp32", "out": "*fp32", "TIME": "i32", "HEADS": "i32", "WINDOW": "i32"}
         loss = {"logits": "*bf16", "stride": "i32", "targets": "*i64", "loss": "*fp32", "VOCABULARY": "i32"}

@@ -44,6 +44,7 @@ SCANS = (
     Case(33, heads=1, key=20, value=33, initial=True, delta=True),
     Case(17, heads=1, key=33, value=20, initial=True, delta=True, keyed=True),
     Case(140, key=64, value=64, initial=True, delta=True, dtype=HALF),
+    Case(140, batch=2, key=130, value=70, initial=True, dtype=HALF),
     Case(140, key=64, value=64, initial=True, keyed=True, erase=True, dtype=HALF),  # with hard chunks
 )
 

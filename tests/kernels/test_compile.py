@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,17 +22,26 @@ BOUNDS = {
     "write bf16 sm_90": (168, 76_500, 64),  # three
     "read fp32 sm_90": (255, 34_000, 1600),
     "write fp32 sm_90": (168, 34_000, 0),
-    "prepare gated delta sm_90": (255, 16_500, 128),
-    "walk gated delta sm_90": (168, 98_500, 0),
-    "read gated delta sm_90": (255, 25_000, 64),
-    "relate RWKV-7 sm_90": (255, 82_000, 320),
-    "relate wide RWKV-7 sm_90": (255, 82_000, 512),
-    "solve RWKV-7 sm_90": (168, 57_500, 96),
-    "solve_pairs RWKV-7 sm_90": (168, 57_500, 352),
+    "prepare gated delta sm_90": (160, 51_500, 0),  # three
+    "invert gated delta sm_90": (96, 16_500, 0),  # five
+    "careful invert gated delta sm_90": (128, 16_500, 0),
+    "walk gated delta sm_90": (232, 124_500, 0),  # one
+    "careful walk gated delta sm_90": (255, 124_500, 128),
+    "read gated delta sm_90": (255, 98_500, 0),
+    "careful read gated delta sm_90": (255, 98_500, 640),
+    "measure gated delta sm_90": (72, 0, 0),
+    "prepare RetNet sm_90": (176, 51_500, 0),
+    "walk RetNet sm_90": (160, 58_000, 0),
+    "read RetNet sm_90": (255, 98_500, 0),
+    "measure RetNet sm_90": (80, 0, 0),
+    "relate RWKV-7 sm_90": (255, 82_000, 304),
+    "relate wide RWKV-7 sm_90": (255, 82_000, 496),
+    "solve RWKV-7 sm_90": (168, 57_500, 0),
+    "solve_pairs RWKV-7 sm_90": (168, 57_500, 240),
     "walk RWKV-7 sm_90": (160, 165_000, 0),
     "read RWKV-7 sm_90": (168, 49_500, 0),
-    "measure RWKV-7 sm_90": (255, 74_500, 768),
-    "measure wide RWKV-7 sm_90": (255, 74_500, 832),
+    "measure RWKV-7 sm_90": (255, 74_000, 768),
+    "measure wide RWKV-7 sm_90": (255, 74_500, 816),
     "tally RWKV-7 sm_90": (64, 0, 0),
     "relate_parts RWKV-7 sm_90": (255, 36_000, 144),
     "measure_parts RWKV-7 sm_90": (255, 10_500, 224),
@@ -39,10 +49,15 @@ BOUNDS = {
     "write bf16 sm_80": (168, 48_000, 0),
     "read fp32 sm_80": (255, 34_000, 1600),
     "write fp32 sm_80": (168, 34_000, 0),
+    "prepare gated delta sm_80": (128, 4_500, 0),
+    "invert gated delta sm_80": (80, 8_500, 0),
+    "walk gated delta sm_80": (184, 16_500, 0),
+    "read gated delta sm_80": (112, 4_500, 0),
+    "measure gated delta sm_80": (96, 0, 0),
     "relate RWKV-7 sm_80": (248, 8_500, 0),
     "relate wide RWKV-7 sm_80": (255, 8_500, 0),
-    "solve RWKV-7 sm_80": (160, 8_500, 0),
-    "solve_pairs RWKV-7 sm_80": (152, 8_500, 0),
+    "solve RWKV-7 sm_80": (96, 8_500, 0),
+    "solve_pairs RWKV-7 sm_80": (128, 12_500, 0),
     "walk RWKV-7 sm_80": (96, 8_500, 0),
     "read RWKV-7 sm_80": (56, 4_500, 0),
     "measure RWKV-7 sm_80": (168, 6_500, 0),
@@ -54,10 +69,15 @@ BOUNDS = {
     "write bf16 gfx942": (128, 34_000, 0),
     "read fp32 gfx942": (512, 34_000, 64),
     "write fp32 gfx942": (128, 34_000, 0),
+    "prepare gated delta gfx942": (144, 2_500, 0),
+    "invert gated delta gfx942": (160, 4_500, 0),
+    "walk gated delta gfx942": (168, 8_500, 0),
+    "read gated delta gfx942": (112, 4_500, 0),
+    "measure gated delta gfx942": (80, 0, 0),
     "relate RWKV-7 gfx942": (208, 4_500, 0),
     "relate wide RWKV-7 gfx942": (224, 4_500, 0),
-    "solve RWKV-7 gfx942": (160, 4_500, 0),
-    "solve_pairs RWKV-7 gfx942": (152, 4_500, 0),
+    "solve RWKV-7 gfx942": (168, 4_500, 0),
+    "solve_pairs RWKV-7 gfx942": (168, 4_500, 0),
     "walk RWKV-7 gfx942": (72, 2_500, 0),
     "read RWKV-7 gfx942": (80, 4_500, 0),
     "measure RWKV-7 gfx942": (248, 4_500, 0),
@@ -104,22 +124,31 @@ def test_fits(name: str, used: dict[str, dict[str, int]]) -> None:
     assert got["spilled"] <= spilled
 
 
-@pytest.mark.parametrize("name", [n for n in BOUNDS if n.endswith("sm_90") and ("delta" in n or "RWKV" in n)])
+WALKED = [n for n in BOUNDS if re.search("(delta|RWKV-7|RetNet) sm_90", n)]
+
+
+@pytest.mark.parametrize("name", WALKED)
 def test_no_operand_is_known_in_part(name: str, used: dict[str, dict[str, int]]) -> None:
     """What ptxas knows of a first operand that lies in registers it may get wrong, as H200s have shown."""
     assert used[name]["known"] == 0
 
 
-@pytest.mark.parametrize("name", [n for n in BOUNDS if n.endswith("sm_90") and ("delta" in n or "RWKV" in n)])
+@pytest.mark.parametrize("name", WALKED)
 def test_no_product_is_as_narrow_as_ptxas_gets_wrong(name: str, used: dict[str, dict[str, int]]) -> None:
     """Of 32 columns, the first operand in registers: wrong by ptxas 12.8, right by 13.0."""
     assert used[name]["narrow"] == 0
 
 
+@pytest.mark.parametrize("name", WALKED)
+def test_no_tile_is_overwritten_while_it_is_read(name: str, used: dict[str, dict[str, int]]) -> None:
+    """Triton 3.6 gives a tile that both products and registers read a buffer too few, as H200s have shown."""
+    assert used[name]["twice"] == 0
+
+
 ANEW = """
 from triton.runtime.jit import JITFunction
-from statescope.kernels import fused_entries_kernels, fused_kernels, window_kernels
-modules = fused_entries_kernels, fused_kernels, window_kernels
+from statescope.kernels import fused_alike_kernels, fused_entries_kernels, fused_kernels, window_kernels
+modules = fused_alike_kernels, fused_entries_kernels, fused_kernels, window_kernels
 kernels = [k for m in modules for k in vars(m).values() if isinstance(k, JITFunction)]
 kernels = [k for k in kernels if not k.__name__.startswith("_")]
 print(len(kernels), *(
@@ -134,4 +163,4 @@ def test_texts_of_all_lengths_share_their_kernels() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run([sys.executable, "-c", ANEW], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["10"], done.stdout + done.stderr
+    assert done.stdout.split() == ["15"], done.stdout + done.stderr

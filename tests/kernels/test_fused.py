@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, fused_entries, fused_erasing, fused_keyed, launches, reference
+from statescope.kernels import fused, fused_alike, fused_entries, fused_keyed, launches, reference
 from statescope.kernels.interface import ScanOutput
 from statescope.kernels.launches import Launcher
 from statescope.kernels.rates import Rated
@@ -31,6 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Case(72, heads=2, initial=True, dtype=torch.bfloat16)
 DELTA = dataclasses.replace(SMALL, time=40, delta=True)
+HALVED = dataclasses.replace(SMALL, key=40, value=40, delta=True)
+WIDE = dataclasses.replace(SMALL, key=130, value=40)
 KEYED = dataclasses.replace(SMALL, time=20, delta=True, keyed=True)
 ERASING = dataclasses.replace(SMALL, time=20, keyed=True, erase=True)
 ENTRIES = dataclasses.replace(SMALL, time=20, entry=True)
@@ -104,8 +106,9 @@ def test_spans_of_several_chunks(programs: int, dtype: torch.dtype, monkeypatch:
 
 @pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("measure", [True, False])
-def test_parts_on_request(outputs: bool, measure: bool) -> None:
-    r = draw(SMALL, DEVICE)
+@pytest.mark.parametrize("case", [SMALL, DELTA], ids=str)
+def test_parts_on_request(case: Case, outputs: bool, measure: bool) -> None:
+    r = draw(case, DEVICE)
     got = fused.scan(r, outputs=outputs, measure=measure)
     assert (got.y is not None, got.steps is not None) == (outputs, measure)
     check(r, got, ())
@@ -136,6 +139,8 @@ def test_any_layout(case: Case) -> None:
     ("case", "field", "value"),
     [(SMALL, field, float("nan")) for field in ("q", "k", "v", "log_decay", "write_scale")]
     + [(SMALL, "v", float("inf")), (DELTA, "k", float("nan")), (DELTA, "v", float("inf"))]
+    + [(HALVED, field, float("nan")) for field in ("k", "v", "a", "log_decay")]
+    + [(WIDE, "k", float("nan")), (WIDE, "v", float("inf")), (WIDE, "write_scale", float("nan"))]
     + [(KEYED, "log_decay", float("nan")), (KEYED, "v", float("inf"))]
     + [(ERASING, field, float("nan")) for field in ("a", "b", "v", "log_decay")]
     + [(ENTRIES, "v", float("inf")), (ENTRIES, "log_decay", float("nan"))],
@@ -165,8 +170,9 @@ def test_a_spoiled_token_reaches_no_earlier_one(case: Case, field: str, value: f
         assert not torch.isfinite(got.final_state[:, 0]).all()
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize(("bits", "products"), [(150, 1), (250, 2), (500, 0)])
+@pytest.mark.parametrize(
+    ("bits", "products", "half"), [(150, 1, True), (250, 2, True), (500, 0, True), (250, 2, False)]
+)
 @pytest.mark.parametrize("structure", [{}, {"delta": True}, {"erase": True}], ids=["decay", "delta", "erase"])
 def test_forgetting_much(
     structure: dict[str, bool], bits: int, products: int, half: bool, monkeypatch: pytest.MonkeyPatch
@@ -187,7 +193,7 @@ def test_forgetting_much(
     check(r.replace(log_decay=log_decay), got, (3, 79))
 
 
-@pytest.mark.parametrize("case", [SMALL, DELTA, KEYED, ERASING, ENTRIES], ids=str)
+@pytest.mark.parametrize("case", [SMALL, DELTA, HALVED, WIDE, KEYED, ERASING, ENTRIES], ids=str)
 def test_forgetting_everything(case: Case) -> None:
     r = draw(case, DEVICE)
     log_decay = r.log_decay.clone()
@@ -223,7 +229,7 @@ def test_a_rated_log_decay_is_not_written_out(monkeypatch: pytest.MonkeyPatch) -
     assert relative(got.final_state, plain.final_state.double()) < 1e-6
 
 
-@pytest.mark.parametrize("case", [SMALL, ENTRIES], ids=str)
+@pytest.mark.parametrize("case", [SMALL, HALVED, WIDE, ENTRIES], ids=str)
 def test_same_twice(case: Case) -> None:
     r = draw(case, DEVICE)
     first, second = fused.scan(r), fused.scan(r)
@@ -251,13 +257,44 @@ def test_tells_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("structure", ["delta", "erase", "entry", "rated"])
 def test_in_stretches(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long text is worked on stretch by stretch, here of one chunk."""
-    for launcher in (fused_erasing, fused_keyed):
+    for launcher in (fused_alike, fused_keyed):
         monkeypatch.setattr(launcher, "ROWS", 1)
     monkeypatch.setattr(fused_entries, "STATES", 1)
     r = draw(Case(70, heads=1, initial=True, **{structure: True}), DEVICE)
     positions = (69, 0, 40)
     check(r, fused.scan(r, positions=positions), positions)
     check(r, fused.scan(r, outputs=False), ())
+
+
+@pytest.mark.parametrize("case", [HALVED, WIDE], ids=str)
+def test_stretches_beside_one_another(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU one is walked while others are prepared and read; here of one chunk, and the last cut."""
+    monkeypatch.setattr(fused_alike, "ROWS", 1)
+    r = draw(dataclasses.replace(case, time=200), DEVICE)
+    r = r.replace(initial_state=r.initial_state.to(torch.bfloat16))  # others are float32
+    positions = (199, 3, 64, 130)
+    check(r, fused.scan(r, positions=positions), positions)
+
+
+def test_who_decays_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of Mamba-2 are another scan's, and so is whatever it is faster at."""
+    served = []
+
+    def alike(r: Recurrence, *_: Any) -> ScanOutput:
+        served.append(r)
+        return ScanOutput(None, None, r.v, r.v)
+
+    monkeypatch.setattr(fused_alike, "scan", alike)
+    few = {"time": 3, "value": 40, "dtype": torch.bfloat16}
+    for case in (Case(3, key=128, value=64, dtype=torch.bfloat16), Case(3, key=130, value=40),
+                 Case(3, keyed=True), Case(3, erase=True), Case(3, keyed=True, delta=True)):  # fmt: skip
+        fused.scan(draw(case, DEVICE))
+    assert not served
+    fused.scan(draw(Case(key=128, delta=True, **few), DEVICE))
+    assert len(served) == 1
+    if DEVICE == "cpu" or torch.cuda.get_device_capability()[0] in (9, 10):
+        fused.scan(draw(Case(key=130, **few), DEVICE))
+        assert len(served) == 2
 
 
 def test_what_a_gpu_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
