@@ -3,14 +3,15 @@ r"""Heads whose keys all decay alike on a GPU (Triton): the delta rule, and stat
 The algebra is that of :mod:`statescope.kernels.chunked` and :mod:`statescope.kernels.delta`. All launches but
 ``walk`` do all chunks at once:
 
-1. ``prepare``: what queries and keys of a chunk read of its earlier writes.
-2. ``invert``, under the delta rule: what is erased of one write after another.
-3. ``walk``: over all chunks for each head and block of the state, which stays in registers: the state that
+1. ``pace``: what each chunk forgets. ``invert``, under the delta rule: what is erased of one write after
+   another.
+2. ``walk``: over all chunks for each head and block of the state, which stays in registers: the state that
    enters each chunk, its energy, and under the delta rule what is written.
+3. ``prepare``, meanwhile: what queries and keys of a chunk read of its earlier writes.
 4. ``read``: ``y``, and what is written beside what is stored.
 5. ``measure``: energy and sum of the state token by token, from scalars alone.
 
-All but the first and the last are launched again, and return at once for every head that no NaN and no
+``invert``, ``walk`` and ``read`` are launched again, and return at once for every head that no NaN and no
 infinity has entered. A long text is cut into stretches, of which one is walked while others are prepared and
 read: a walk leaves most of a GPU idle.
 
@@ -41,6 +42,9 @@ ROWS = 2**19
 
 One stretch is walked while others are prepared and read. Shorter ones would wait for the host.
 """
+
+BESIDE = 2**16
+"""Fewest tokens times heads times sequences that are walked on a stream of their own."""
 
 PART = 16
 """Rows of a block that is inverted row by row; a chunk has one, two or four."""
@@ -140,8 +144,9 @@ def scan(
         stop = min(first + work.stretch, r.time)
         here = [p for p in positions if first <= p < stop]
         part = _Part(work, first, stop, state, here)
-        part.prepare()
+        part.pace()
         part.walk()
+        part.prepare()
         state = part.final
         if before is not None:
             kept |= before.finish()
@@ -169,7 +174,7 @@ class _Scan:
         half = halves(r)
         self.cut = cut = tiling(r, half, modern)
         self.stretch = cut.chunk * max(1, ROWS // (r.batch * r.heads * cut.chunk))
-        overlaps = r.v.is_cuda and self.stretch < r.time
+        overlaps = r.v.is_cuda and r.batch * r.time * r.heads >= BESIDE
         self.side = torch.cuda.Stream(r.v.device, priority=-1) if overlaps else None
         self.split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
         self.dtype = torch.bfloat16 if self.split else torch.float32
@@ -219,8 +224,6 @@ class _Part:
         self.spoiled = torch.zeros(heads, dtype=torch.int32, device=r.v.device)
         self.of_rows = empty(True, 6, *heads, self.padded)
         square = (*heads, self.padded, cut.chunk)
-        self.seen = empty(work.outputs, *square, dtype=work.dtype)
-        self.met = empty(work.measure, *square, dtype=work.dtype)
         self.inverse = empty(r.erases, *square)
         if r.erases and work.split:  # two bfloat16 in its place
             self.inverse = self.inverse.view(torch.bfloat16).view(2, -1)
@@ -241,20 +244,39 @@ class _Part:
         """Positions counted from the first token of the stretch."""
         return [p - self.first for p in self.positions]
 
-    def prepare(self) -> None:
-        """Relate the rows of each chunk."""
-        r, work, cut = self.r, self.work, self.work.cut
+    def pace(self) -> None:
+        """Find what the walk needs of decays, and invert what is erased."""
+        r, work = self.r, self.work
         self.work.launch(
-            "prepare", (self.chunks, r.heads, r.batch),
-            (*_rows(r.q), *_rows(r.k), *self._scalars(), *self.of_rows, self.seen, self.met, *self.sizes),
-            {**work.shape, **work.exact, "BS": cut.slice, "ERASES": r.erases,
-             "HAS_SCALE": r.write_scale is not None, "OUTPUTS": work.outputs, "MEASURE": work.measure},
-            num_warps=cut.warps, num_stages=cut.stages,
+            "pace", (self.chunks, r.heads, r.batch),
+            (*self._scalars(), *self.of_rows[:4], *self.sizes),
+            {"HEADS": r.heads, "L": work.cut.chunk, "ERASES": r.erases,
+             "HAS_SCALE": r.write_scale is not None},
+            num_warps=1,
         )  # fmt: skip
         if r.erases:
             self._invert(careful=False)
         if self.ready is not None:
             self.ready.record()
+
+    def prepare(self) -> None:
+        """Relate the rows of each chunk, while it is walked."""
+        r, work, cut = self.r, self.work, self.work.cut
+        shape = (r.batch, r.heads, self.padded, cut.chunk)
+        self.seen, self.met = (
+            torch.empty(shape, dtype=work.dtype, device=r.v.device) if asked else self.final
+            for asked in (work.outputs, work.measure)
+        )
+        if not (work.outputs or work.measure):
+            return
+        self.work.launch(
+            "prepare", (self.chunks, r.heads, r.batch),
+            (*_rows(r.q), *_rows(r.k), *self._scalars()[:8], *self.of_rows[4:], self.seen, self.met,
+             *self.sizes),
+            {**work.shape, **work.exact, "BS": cut.slice, "ERASES": r.erases,
+             "HAS_SCALE": r.write_scale is not None, "OUTPUTS": work.outputs, "MEASURE": work.measure},
+            num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
 
     def _invert(self, careful: bool) -> None:
         r, work, cut = self.r, self.work, self.work.cut

@@ -60,9 +60,43 @@ def _operand(x, SPLIT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
+def pace(
+    scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, a, a_b, a_t, a_h, since, survives, rate, weight,
+    ROWS, PADDED, CHUNKS, BATCH,
+    HEADS: tl.constexpr, L: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    r"""Find what each chunk forgets, all chunks at once: all that walking needs of the decays.
+
+    With :math:`G_t` the running sum of the log decay, ``since`` is :math:`e^{G_t}` and ``survives``
+    :math:`e^{G_L - G_t}`. Where nothing is erased the writes' scale is in that; under the delta rule it is
+    ``weight``, and ``rate`` is :math:`a_t e^{G_t}`. Grid: (chunks, heads, batch).
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, L)
+    here = rows < tl.minimum(ROWS - chunk * L, L).to(tl.int32)
+    row = (batch * HEADS + head) * PADDED + chunk * L + rows
+    g, run = _decay_of_rows(log_decay + batch * g_b + chunk * L * g_t + head * g_h, g_t, rows, here)
+    left = tl.exp2(tl.cumsum(g, 0, reverse=True) - g)
+    scaled = tl.full((L,), 1.0, tl.float32)
+    if HAS_SCALE:
+        scaled = tl.load(scale + batch * w_b + (chunk * L + rows) * w_t + head * w_h, mask=here, other=0.0)
+        scaled = scaled.to(tl.float32)
+    if ERASES:
+        erases = tl.load(a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=here, other=0.0)
+        tl.store(rate + row, erases.to(tl.float32) * tl.exp2(run))
+        tl.store(weight + row, scaled)
+    else:
+        left *= scaled
+    tl.store(since + row, tl.exp2(run))
+    tl.store(survives + row, left)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def prepare(
-    q, q_b, q_t, q_g, k, k_b, k_t, k_g, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, a, a_b, a_t, a_h,
-    since, survives, rate, weight, key_square, key_sum, seen, met,
+    q, q_b, q_t, q_g, k, k_b, k_t, k_g, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h,
+    key_square, key_sum, seen, met,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
@@ -70,12 +104,10 @@ def prepare(
 ):  # fmt: skip
     r"""Relate the rows of each chunk, all chunks at once; nothing here depends on values or states.
 
-    With :math:`G_t` the running sum of the log decay, ``since`` is :math:`e^{G_t}` and ``survives``
-    :math:`e^{G_L - G_t}`. ``seen`` and ``met``, (row, earlier row), are what the query and the key of a row
-    read of an earlier write, :math:`e^{G_t - G_j} q_t \cdot k_j` for :math:`j \le t` and :math:`e^{G_t - G_j}
-    k_t \cdot k_j` for :math:`j < t`. Where nothing is erased, all but ``since`` have the writes' scale in
-    them; under the delta rule that is ``weight``, and ``rate`` is :math:`a_t e^{G_t}`. ``key_square`` and
-    ``key_sum`` are sums over each key. Grid: (chunks, heads, batch).
+    ``seen`` and ``met``, (row, earlier row), are what the query and the key of a row read of an earlier
+    write, :math:`e^{G_t - G_j} q_t \cdot k_j` for :math:`j \le t` and :math:`e^{G_t - G_j} k_t \cdot k_j` for
+    :math:`j < t`, where nothing is erased with the write's scale in it. ``key_square`` and ``key_sum`` are
+    sums over each key. Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -86,11 +118,7 @@ def prepare(
     q += batch * q_b + chunk * L * q_t + (head // (HEADS // GROUPS)) * q_g
     k += batch * k_b + chunk * L * k_t + (head // (HEADS // GROUPS)) * k_g
     log_decay += batch * g_b + chunk * L * g_t + head * g_h
-    pace, run = _decay_of_rows(log_decay, g_t, rows, here)
-    scaled = tl.full((L,), 1.0, tl.float32)
-    if HAS_SCALE:
-        scaled = tl.load(scale + batch * w_b + (chunk * L + rows) * w_t + head * w_h, mask=here, other=0.0)
-        scaled = scaled.to(tl.float32)
+    run = _decay_of_rows(log_decay, g_t, rows, here)[1]
     read_of = tl.zeros((L, L), tl.float32)
     of_keys = tl.zeros((L, L), tl.float32)
     sums = tl.zeros((L, 16), tl.float32)
@@ -104,13 +132,10 @@ def prepare(
         if MEASURE:  # sums, too, by a product: see above
             of_keys = tl.dot(kt, tl.trans(kt), of_keys, input_precision=PRECISION)
             sums = tl.dot(kt, ones, sums, input_precision=PRECISION)
-    left = tl.exp2(tl.cumsum(pace, 0, reverse=True) - pace)
     between = _between(run, rows)
-    if not ERASES:
-        left *= scaled
-        between *= scaled[None, :]
-    tl.store(since + row + rows, tl.exp2(run))
-    tl.store(survives + row + rows, left)
+    if HAS_SCALE and not ERASES:
+        scaled = tl.load(scale + batch * w_b + (chunk * L + rows) * w_t + head * w_h, mask=here, other=0.0)
+        between *= scaled.to(tl.float32)[None, :]
     square = (row + rows)[:, None] * L + rows[None, :]
     if OUTPUTS:
         read_of = tl.where(rows[:, None] >= rows[None, :], read_of * between, 0.0)
@@ -121,10 +146,6 @@ def prepare(
         squares = tl.where(rows[:, None] == rows[None, :], of_keys, 0.0)
         tl.store(key_square + row + rows, tl.sum(squares, 1))
         tl.store(key_sum + row + rows, tl.sum(sums, 1) / 16)
-    if ERASES:
-        erases = tl.load(a + batch * a_b + (chunk * L + rows) * a_t + head * a_h, mask=here, other=0.0)
-        tl.store(rate + row + rows, erases.to(tl.float32) * tl.exp2(run))
-        tl.store(weight + row + rows, scaled)
 
 
 @triton.jit(do_not_specialize=SIZES)

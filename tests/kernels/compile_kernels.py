@@ -205,6 +205,7 @@ def alike(structure: str, target: str, backend: str, where: GPUTarget) -> dict[s
     reads = {"BS": cut.read_slice, "BV": cut.columns}
     inverts = {"BS": cut.slice, "PART": fused_alike.PART}
     launches = [
+        ("pace", {}, {"num_warps": 1}),
         ("prepare", {"BS": cut.slice}, {"num_warps": cut.warps, "num_stages": cut.stages}),
         ("invert", inverts, {"num_warps": cut.warps, "num_stages": 1} | fused_alike.ALIKE),
         ("walk", walked, {"num_warps": cut.walk_warps} | fused_alike.ALIKE),

@@ -22,6 +22,7 @@ BOUNDS = {
     "write bf16 sm_90": (168, 76_500, 64),  # three
     "read fp32 sm_90": (255, 34_000, 1600),
     "write fp32 sm_90": (168, 34_000, 0),
+    **{f"pace gated delta {target}": (64, 0, 0) for target in ("sm_80", "sm_90", "gfx942")},
     "prepare gated delta sm_90": (160, 51_500, 0),  # three
     "invert gated delta sm_90": (96, 16_500, 0),  # five
     "careful invert gated delta sm_90": (128, 16_500, 0),
