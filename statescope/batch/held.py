@@ -1,9 +1,11 @@
 """What a worker's process holds of the memory, kept flat over thousands of texts.
 
 Texts of all lengths leave the C library's heap in pieces that it keeps: a worker that uses 500 MB may hold
-three times that after some hundred texts. To hand every piece back at once, as Dask has its workers do, takes
-as long as the reading; to ask for it after each piece of work takes some hundredths of a second. In between
-the heap keeps what it has: else its end, clear once it was asked, would go and come with every tensor.
+three times that after some hundred texts. What is handed back comes again page by page: asked for at once, as
+Dask has its workers do, it takes as long as the reading; after each piece of work, an eighth of it where two
+workers share a memory. So the heap is asked only once a worker holds :data:`GROWTH` times what it usually
+does, and keeps what it has in between: else its end, clear once it was asked, would go and come with every
+tensor.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 32 * 2**20), (-1, 2**30)
 """glibc's parameters, and their values: the largest it takes for what is mapped by itself, in bytes; and what
 may lie idle at the end of the heap."""
 
+GROWTH = 1.1
+"""Times what a worker held after the first piece of work since it last handed back."""
+
 
 def resident() -> int:
     """Return the bytes that this process holds."""
@@ -29,9 +34,17 @@ def keep() -> None:
 
 
 def hand_back() -> None:
-    """Have the C library hand back what lies idle, where it can."""
-    if (library := _glibc()) is not None:
+    """Have the C library hand back what lies idle, where it can, if more is held than usually."""
+    global _usual
+    library, now = _glibc(), resident()
+    if _usual is None:
+        _usual = now
+    elif now > GROWTH * _usual and library is not None:
         library.malloc_trim(0)
+        _usual = None  # the next piece of work tells what is needed
+
+
+_usual: int | None = None
 
 
 @cache
