@@ -65,7 +65,7 @@ class RecordWriter:
         start = {**attributes, "committed": 0, "complete": False}
         known = {"tokens/token_id": token_id}
         if not isinstance(store, str | Path):
-            laid_out = sync(_lay_out(store, layout, start, known, CARRY, overwrite=True))
+            laid_out, _ = sync(_lay_out(store, layout, start, known, CARRY, overwrite=True))
             return cls(store, zarr.Group(laid_out), layout)
         place = Path(store).resolve()
         draft, former = _beside(place)
@@ -183,8 +183,8 @@ def write_whole(
 ) -> None:
     """Write a record that is known whole, for a store that nobody else sees yet.
 
-    It is what :class:`RecordWriter` leaves, and takes a third of the time: all arrays are laid out side by
-    side, then filled without a turn of zarr's thread for every chunk.
+    It is what :class:`RecordWriter` leaves, and takes a quarter of the time: all arrays are laid out side by
+    side, then filled as they come from there, without a turn of zarr's thread for every chunk.
 
     Parameters
     ----------
@@ -198,11 +198,9 @@ def write_whole(
         Every variable, by ``group/variable``.
     """
     end = {**attributes, "committed": layout.tokens, "complete": True}
-    root = zarr.Group(sync(_lay_out(store, layout, end, {}, overwrite=True)))
-    laid_out, shards = dict(root.members(max_depth=1)), Shards()
+    (_, laid_out), shards = sync(_lay_out(store, layout, end, {}, overwrite=True)), Shards()
     for name, values in arrays.items():
-        array = laid_out[name]
-        assert isinstance(array, zarr.Array)
+        array = zarr.Array(laid_out[name])
         shards.write(array, [range(n) for n in array.shape], values)
 
 
@@ -223,24 +221,27 @@ async def _lay_out(
     known: Mapping[str, NDArray[Any]],
     *more: str,
     overwrite: bool = False,
-) -> zarr.AsyncGroup:
+) -> tuple[zarr.AsyncGroup, dict[str, zarr.AsyncArray[Any]]]:
     """Create all groups, arrays and what is known of them side by side: in turn takes twice as long."""
     root = await create_group(store=store, zarr_format=3, overwrite=overwrite, attributes=dict(attributes))
-    laid_out = (_lay_out_group(root, name, layout, known) for name in layout.groups())
-    await _all(*(root.create_group(name) for name in more), *laid_out)
-    return root
+    laid_out = _all(*(_lay_out_group(root, name, layout, known) for name in layout.groups()))
+    groups, _ = await _all(laid_out, _all(*(root.create_group(name) for name in more)))
+    return root, {name: array for group in groups for name, array in group.items()}
 
 
-async def _all(*work: Awaitable[Any]) -> None:
+async def _all(*work: Awaitable[Any]) -> list[Any]:
     """Do work side by side, to its end even if some of it fails, or it would write into a removed draft."""
-    for result in await gather(*work, return_exceptions=True):
+    results = await gather(*work, return_exceptions=True)
+    for result in results:
         if isinstance(result, BaseException):
             raise result
+    return results
 
 
 async def _lay_out_group(
     root: zarr.AsyncGroup, group: str, layout: Layout, known: Mapping[str, NDArray[Any]]
-) -> None:
+) -> dict[str, zarr.AsyncArray[Any]]:
+    """Return the variables by ``group/variable``."""
     target = await root.create_group(group)
     variables = layout.variables(group)
     values = {d: layout.coordinate(group, d) for v in variables.values() for d in v.dims}
@@ -248,9 +249,10 @@ async def _lay_out_group(
     arrays = []
     for name, variable in variables.items():
         shape = tuple(layout.size(group, d) for d in variable.dims)
-        found = known.get(f"{group}/{name}")
-        arrays.append(_create(target, name, variable, shape, *layout.shards(group, variable), found))
-    await _all(*coordinates, *arrays)
+        given = known.get(f"{group}/{name}")
+        arrays.append(_create(target, name, variable, shape, *layout.shards(group, variable), given))
+    found = await _all(*arrays, *coordinates)
+    return dict(zip((f"{group}/{name}" for name in variables), found, strict=False))
 
 
 async def _create(
@@ -261,7 +263,7 @@ async def _create(
     chunks: Sequence[int],
     shards: Sequence[int] | None,
     values: NDArray[Any] | None,
-) -> None:
+) -> zarr.AsyncArray[Any]:
     array = await group.create_array(
         name,
         shape=tuple(shape),
@@ -276,6 +278,7 @@ async def _create(
     )
     if values is not None:
         await array.setitem(slice(None), values)
+    return array
 
 
 @contextmanager

@@ -35,10 +35,11 @@ IMPORTED = ["distributed", "statescope.batch.work", "transformers.models.mamba2.
 
 PRELOAD = (
     "import signal, sys, torch; signal.signal(signal.SIGINT, signal.SIG_IGN); torch.set_num_threads({});"
-    " sys.setswitchinterval(5e-4)"
+    " sys.setswitchinterval(5e-4); from statescope.batch import held; held.keep()"
 )
 """A worker leaves Ctrl-C to its parent, which stops it; its threads are its share of the cores. Whenever it
-launches work on a GPU another thread of Python's may go on, and the one that writes shall give way soon."""
+launches work on a GPU another thread of Python's may go on, and the one that writes shall give way soon. What
+it holds of the memory is looked after before any of its threads has a heap of its own."""
 
 
 @contextmanager

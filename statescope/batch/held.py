@@ -1,9 +1,11 @@
 """What a worker's process holds of the memory, kept flat over thousands of texts.
 
 Texts of all lengths leave the C library's heap in pieces that it keeps: a worker that uses 500 MB may hold
-three times that after some hundred texts. To hand every piece back at once, as Dask has its workers do, takes
-as long as the reading; to ask for it after each piece of work takes some hundredths of a second. In between
-the heap keeps what it has: else its end, clear once it was asked, would go and come with every tensor.
+three times that after some hundred texts. What is handed back comes again page by page. Asked for at once, as
+Dask has its workers do, that takes as long as the reading; after each piece of work, up to an eighth of it
+where two workers share a memory. So the heap is asked only once a worker holds :data:`GROWTH` times what it
+usually does, and keeps what it has in between: else its end, clear once it was asked, would go and come with
+every tensor.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ import sys
 from functools import cache
 from typing import Any
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 32 * 2**20), (-1, 2**30)
-"""glibc's parameters, and their values: the largest it takes for what is mapped by itself, in bytes; and what
-may lie idle at the end of the heap."""
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = (-3, 32 * 2**20), (-1, 2**30), (-8, 1)
+"""glibc's parameters, and their values: the largest it takes for what is mapped by itself, in bytes; what may
+lie idle at the end of the heap; and how many heaps there are. A thread's own, such as a worker's that reads,
+consists of parts of 64 MiB that come and go whatever may lie idle."""
+
+GROWTH = 1.1
+"""Times what a worker held after the first piece of work since it last handed back."""
 
 
 def resident() -> int:
@@ -24,14 +30,25 @@ def resident() -> int:
 
 
 def keep() -> None:
-    """Have the C library keep what is freed until :func:`hand_back`, where it can."""
+    """Have the C library keep what is freed until :func:`hand_back`, where it can.
+
+    A thread that has a heap of its own by then stays with it: best called first of all.
+    """
     _glibc()
 
 
 def hand_back() -> None:
-    """Have the C library hand back what lies idle, where it can."""
-    if (library := _glibc()) is not None:
+    """Have the C library hand back what lies idle, where it can, if more is held than usually."""
+    global _usual
+    library, now = _glibc(), resident()
+    if _usual is None:
+        _usual = now
+    elif now > GROWTH * _usual and library is not None:
         library.malloc_trim(0)
+        _usual = None  # the next piece of work tells what is needed
+
+
+_usual: int | None = None
 
 
 @cache
@@ -45,6 +62,6 @@ def _process() -> Any:
 def _glibc() -> Any:
     if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         return None
-    for parameter, value in (MMAP_THRESHOLD, TRIM_THRESHOLD):
+    for parameter, value in (MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX):
         library.mallopt(parameter, value)
     return library
