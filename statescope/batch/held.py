@@ -2,10 +2,10 @@
 
 Texts of all lengths leave the C library's heap in pieces that it keeps: a worker that uses 500 MB may hold
 three times that after some hundred texts. What is handed back comes again page by page. Asked for at once, as
-Dask has its workers do, that takes as long as the reading. So the heap is asked after a piece of work that
-leaves a worker with more than :data:`GROWTH` times what it held after its first, which is of the longest
-texts, and keeps what it has in between: else its end, clear once it was asked, would go and come with every
-tensor.
+Dask has its workers do, that takes as long as the reading; after each piece of work, up to an eighth of it
+where two workers share a memory. So the heap is asked only once a worker holds :data:`GROWTH` times what it
+usually does, and keeps what it has in between: else its end, clear once it was asked, would go and come with
+every tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ lie idle at the end of the heap; and how many heaps there are. A thread's own, s
 consists of parts of 64 MiB that come and go whatever may lie idle."""
 
 GROWTH = 1.1
-"""Times what a worker held after its first piece of work."""
+"""Times what a worker held after the first piece of work since it last handed back."""
 
 
 def resident() -> int:
@@ -38,13 +38,14 @@ def keep() -> None:
 
 
 def hand_back() -> None:
-    """Have the C library hand back what lies idle, where it can, if more is held than at first."""
+    """Have the C library hand back what lies idle, where it can, if more is held than usually."""
     global _usual
     library, now = _glibc(), resident()
     if _usual is None:
         _usual = now
     elif now > GROWTH * _usual and library is not None:
         library.malloc_trim(0)
+        _usual = None  # the next piece of work tells what is needed
 
 
 _usual: int | None = None
