@@ -59,8 +59,8 @@ class Tiling:
     of ``walked`` columns of the state, ``read`` ``read_keys`` of ``read_columns``, ``measure`` ``measured``
     of ``measured_columns``, ``tally`` all ``keys``, and what goes part by part ``part`` keys and columns.
 
-    ptxas 12.8, which comes with triton 3.6, errs in products of 32 columns whose first operand lies in
-    registers (with 13.0 they are right). So ``solved`` and ``measured`` are 64, and ``walk`` has stages.
+    ptxas 12.8, which comes with triton 3.6, may err in products of 32 columns whose first operand lies in
+    registers (by 13.0 they are right). So ``solved`` and ``measured`` are 64, and ``walk`` has stages.
     """
 
     chunk: int

@@ -59,13 +59,14 @@ def relate(
 
     ``seen`` (batch, head, row, earlier row) is :math:`\sum_k e^{run_t - run_j} q_t k_j` for :math:`j \le t`,
     and ``system`` likewise what each row erases of the writes of earlier ones, under the delta rule times
-    ``a``; rows that erase nothing are left out. Two factors for each row stand for what is
-    forgotten between any two. Factors are counted from half of all that is forgotten, as far from 1 either
-    way; where that is too far, in a second launch, WIDE, in two products from half of what is forgotten in
-    each half of the rows. Where that is too far too, or something is not finite, the chunk is left to
-    launches of its own (:mod:`statescope.kernels.fused_hard_kernels`). ``hard`` (batch, head, chunk) is 0, 1
-    or 2 for these three; ``listed`` is the number of the last, and which they are.
-    Grid: (chunks, heads, batch).
+    ``a``; rows that erase nothing are left out.
+
+    Two factors for each row stand for what is forgotten between any two. They are counted from half of all
+    that is forgotten, as far from 1 either way; where that is too far, in a second launch, WIDE, in two
+    products from half of what is forgotten in each half of the rows. Where that is too far too, or something
+    is not finite, the chunk is left to launches of its own (:mod:`statescope.kernels.fused_hard_kernels`).
+    ``hard`` (batch, head, chunk) is 0, 1 or 2 for these three; ``listed`` is the number of the last, and
+    which they are. Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -186,8 +187,7 @@ def solve(
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     r"""Find what each chunk writes, whatever state enters it, all chunks at once.
 

@@ -183,8 +183,8 @@ def write_whole(
 ) -> None:
     """Write a record that is known whole, for a store that nobody else sees yet.
 
-    It is what :class:`RecordWriter` leaves, and takes a quarter of the time: all arrays are laid out side by
-    side, then filled as they come from there, without a turn of zarr's thread for every chunk.
+    It is what :class:`RecordWriter` leaves, and takes at most a third of the time: all arrays are laid out
+    side by side, then filled as they come from there, without a turn of zarr's thread for every chunk.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""What a worker's process holds of the memory, kept flat over thousands of texts.
+"""What a worker's process holds of the memory, and when it hands back what lies idle.
 
 Texts of all lengths leave the C library's heap in pieces that it keeps: a worker that uses 500 MB may hold
 three times that after some hundred texts. What is handed back comes again page by page. Asked for at once, as
-Dask has its workers do, that takes as long as the reading; after each piece of work, up to an eighth of it
+Dask has its workers do, that takes as long as the reading; after each piece of work, about a tenth of it
 where two workers share a memory. So the heap is asked only once a worker holds :data:`GROWTH` times what it
 usually does, and keeps what it has in between: else its end, clear once it was asked, would go and come with
 every tensor.
