@@ -39,7 +39,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from . import fused_alike, fused_entries, fused_keyed
+from . import fused_alike, fused_entries, fused_keyed, fused_pairs
 from .interface import ScanOutput, Steps
 from .launches import Launcher
 from .rates import Rated
@@ -119,7 +119,8 @@ def scan(
             g = Rated(by_rows(g.step), g.rate.contiguous()) if isinstance(g, Rated) else g
             r = recurrence.replace(q=q, k=k, v=v, log_decay=g)
             return fused_entries.scan(r, outputs, measure, positions)
-        serves = fused_alike if alike else fused_keyed
+        paired = recurrence.erases and not recurrence.delta_rule
+        serves = fused_alike if alike else fused_pairs if paired else fused_keyed
         return serves.scan(recurrence, q, k, v, outputs, measure, positions, modern)
 
 

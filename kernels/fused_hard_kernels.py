@@ -80,18 +80,18 @@ def _relate_part(
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, OUTPUTS: tl.constexpr,
+    KEY_GROUPS: tl.constexpr, ERASES: tl.constexpr, BEFORE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     chunk, begin, head, batch,
 ):  # fmt: skip
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
-    first = chunk * (L // 2) if PAIRS else chunk * L
     row = (batch * HEADS + head) * PADDED + chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
-    a += batch * a_b + first * a_t + head * a_h
-    b += batch * b_b + first * b_t + head * b_h
-    log_decay += batch * g_b + first * g_t + head * g_h
+    k += batch * k_b + chunk * L * k_t + (head // (HEADS // KEY_GROUPS)) * k_g
+    q += batch * q_b + chunk * L * q_t + (head // (HEADS // GROUPS)) * q_g
+    a += batch * a_b + chunk * L * a_t + head * a_h
+    b += batch * b_b + chunk * L * b_t + head * b_h
+    log_decay += batch * g_b + chunk * L * g_t + head * g_h
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
     remaining += row * KEY
     through += row * KEY
@@ -99,19 +99,18 @@ def _relate_part(
     system += row * L
     seen += row * L
     own = begin + tl.arange(0, PART)
-    tokens, decays, ends = _tokens(rows, left, PAIRS)
-    own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+    there, own_there = rows < left, own < left
     past = rows < begin + PART
     weight = tl.full((PART,), 1.0, tl.float32)
     if HAS_SCALE:
-        scale += batch * w_b + first * w_t + head * w_h
-        weight = tl.load(scale + own_tokens * w_t, mask=own_ends, other=0.0).to(tl.float32)
+        scale += batch * w_b + chunk * L * w_t + head * w_h
+        weight = tl.load(scale + own * w_t, mask=own_there, other=0.0).to(tl.float32)
     erased = tl.zeros((PART, L), tl.float32)
     read_of = tl.zeros((PART, L), tl.float32)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
         at_rows = own[:, None] * KEY + keys[None, :]
-        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY, BS)
+        g = _decays_of_keys(log_decay, g_t, g_k, rows, there, keys, KEY, BS)
         spoilt = tl.sum(g * 0.0, 0)[None, :]  # NaN, or 0: of what leaves the chunk
         coming = tl.sum(tl.where(past[:, None], 0.0, _finite(g)[0]), 0)[None, :]
         total = tl.sum(_finite(g)[0], 0)[None, :] + spoilt
@@ -120,18 +119,18 @@ def _relate_part(
         )
         g = tl.where(past[:, None], g, 0.0)
         entered = tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :]
-        early = _written_keys(k, k_t, a, a_t, tokens, decays & past, ends & past, keys, KEY, BS, PAIRS)
-        own_g = _decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY, BS)
+        early = _tile(k, k_t, rows, there & past, keys, KEY, BS).to(tl.float32)
+        own_g = _decays_of_keys(log_decay, g_t, g_k, own, own_there, keys, KEY, BS)
         known = _finite(own_g)[0]
         halfway, of_part = _halfway(known, PART)
         far, middle = tl.min(_within(halfway, of_part, RANGE)) == 0, 0.5 * of_part
         middle = tl.where(far, 0.0, middle)
         early *= _early(g, rows, begin, middle)
-        kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, BS, PAIRS)
+        kt = _tile(k, k_t, own, own_there, keys, KEY, BS).to(tl.float32)
         local = tl.cumsum(own_g, 0)
         stays = coming + (tl.cumsum(known, 0, reverse=True) - known)
         leaves = kt * tl.exp2(stays) + spoilt
-        if not ERASES:
+        if BEFORE or not ERASES:
             leaves *= weight[:, None]
         leaves, leaves_low = _split(leaves, SPLIT)
         _put(leaves, leaves_low, remaining + at_rows, plane, keys, KEY, BS, SPLIT)
@@ -139,8 +138,8 @@ def _relate_part(
             early = tl.where((rows < begin)[:, None], early, 0.0)
         if ERASES:
             xt, at = kt, local
-            if PAIRS:
-                xt = _tile(b, b_t, own_tokens, own_decays, keys, KEY, BS).to(tl.float32)
+            if BEFORE:
+                xt = _tile(b, b_t, own, own_there, keys, KEY, BS).to(tl.float32)
                 at = local - own_g
             erased = _exact(xt * _factor(at - middle), tl.trans(early), erased, SPLIT, PRECISION)
             if far:
@@ -149,19 +148,19 @@ def _relate_part(
             x, x_low = _split(x, SPLIT)
             _put(x, x_low, through + at_rows, plane, keys, KEY, BS, SPLIT)
         if OUTPUTS:
-            qt = _tile(q, q_t, own_tokens, own_ends, keys, KEY, BS).to(tl.float32)
+            qt = _tile(q, q_t, own, own_there, keys, KEY, BS).to(tl.float32)
             read_of = _dot(qt * _factor(local - middle), tl.trans(early), read_of, SPLIT, PRECISION)
             if far:
                 read_of += _one_by_one(qt, local, kt, local, begin, rows, PART)
             qt *= tl.exp2(entered + local)
             _store(asked + at_rows, qt.to(asked.dtype.element_ty), keys, KEY, BS)
     if ERASES:
-        if not PAIRS:
-            rate = tl.load(a + own * a_t, mask=own_decays, other=0.0).to(tl.float32)
+        if not BEFORE:
+            rate = tl.load(a + own * a_t, mask=own_there, other=0.0).to(tl.float32)
             erased *= rate[:, None]
         on_itself = tl.where(own[:, None] == rows[None, :], erased * 0.0, 0.0)  # 0, or NaN
         erased = tl.where(own[:, None] > rows[None, :], erased, on_itself)
-        _put_system(system, erased, own, rows, L, PAIRS)
+        tl.store(system + own[:, None] * L + rows[None, :], erased)
     if OUTPUTS:
         read_of = tl.where(own[:, None] >= rows[None, :], read_of, 0.0)
         tl.store(seen + own[:, None] * L + rows[None, :], read_of.to(seen.dtype.element_ty))
@@ -174,9 +173,12 @@ def relate_parts(
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, OUTPUTS: tl.constexpr,
+    KEY_GROUPS: tl.constexpr, ERASES: tl.constexpr, BEFORE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """Find what ``relate`` does of other chunks. Grid: any number of programs.
+
+    With BEFORE ``b`` is what erases, of the state before it decays, and ``k`` has ``KEY_GROUPS``.
 
     The decay between two rows is split where the later one's part begins, and what a key forgets too much
     for within a part is found pair by pair.
@@ -188,8 +190,8 @@ def relate_parts(
         _relate_part(
             q, q_b, q_t, q_g, k, k_b, k_t, k_g, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k, b, b_b,
             b_t, b_h, a, a_b, a_t, a_h, remaining, kept, through, asked, system, seen, ROWS, PADDED, CHUNKS,
-            BATCH, HEADS, GROUPS, KEY, L, PART, BS, PRECISION, SPLIT, PAIRS, ERASES, HAS_SCALE, OUTPUTS,
-            chunk, begin, head, batch,
+            BATCH, HEADS, GROUPS, KEY, L, PART, BS, PRECISION, SPLIT, KEY_GROUPS, ERASES, BEFORE,
+            HAS_SCALE, OUTPUTS, chunk, begin, head, batch,
         )  # fmt: skip
 
 

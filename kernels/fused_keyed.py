@@ -123,6 +123,8 @@ def scan(
     measure: bool,
     positions: Sequence[int],
     modern: bool,
+    kind: type[Scan] | None = None,
+    cut: Tiling | None = None,
 ) -> ScanOutput:
     """Run a recurrence with decay per key or head, and any erase term.
 
@@ -136,19 +138,21 @@ def scan(
         As :func:`statescope.kernels.fused.scan`.
     modern : bool
         As :func:`tiling`.
+    kind : type, optional
+        What launches the kernels.
+    cut : Tiling, optional
+        How it is cut up.
     """
     r = recurrence.replace(q=q, k=k, v=v)
-    writes = 1 if r.delta_rule or not r.erases else 2
     half = halves(r)
-    cut = tiling(r, half, modern)
-    tokens = cut.chunk // writes
-    block = tokens * max(1, ROWS // (r.batch * r.heads * cut.chunk))
+    cut = cut or tiling(r, half, modern)
+    block = cut.chunk * max(1, ROWS // (r.batch * r.heads * cut.chunk))
     found, state = [], r.initial_state
     for first in range(0, r.time, block):
         stop = min(first + block, r.time)
         here = [p - first for p in positions if first <= p < stop]
         part = r if block >= r.time else r.between(first, stop, state)
-        found.append(_Scan(part, cut, writes, outputs, measure, half).run(here))
+        found.append((kind or Scan)(part, cut, outputs, measure, half).run(here))
         state = found[-1].final_state
     if len(found) == 1 and list(positions) == sorted(positions):
         return found[0]
@@ -169,29 +173,28 @@ def _by_block(positions: Sequence[int], block: int, count: int) -> list[list[int
     return [[p for p in positions if p // block == i] for i in range(count)]
 
 
-class _Scan:
+class Scan:
     """One scan: the launches and the buffers between them."""
 
-    def __init__(
-        self, r: Recurrence, cut: Tiling, writes: int, outputs: bool, measure: bool, half: bool
-    ) -> None:
-        from . import fused_hard_kernels, fused_keyed_kernels
-
-        self.kernels: Any = fused_keyed_kernels
-        self.careful: Any = fused_hard_kernels
-        self.r, self.cut, self.writes = r, cut, writes
-        self.outputs, self.measure = outputs, measure
-        self.rows = writes * r.time
-        self.chunks = -(-self.rows // cut.chunk)
-        self.padded = -(-self.chunks // writes) * writes * cut.chunk  # of two writes two chunks go together
+    def __init__(self, r: Recurrence, cut: Tiling, outputs: bool, measure: bool, half: bool) -> None:
+        self.kernels, self.careful = self._kernels()
+        self.r, self.cut, self.outputs, self.measure = r, cut, outputs, measure
+        self.chunks = -(-r.time // cut.chunk)
+        self.padded = self.chunks * cut.chunk
         self.pieces, self.across = -(-r.value // cut.walked), -(-r.key // cut.walked_keys)
         self.split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
-        self.sizes = (self.rows, self.padded, self.chunks, r.batch)
+        self.sizes = (r.time, self.padded, self.chunks, r.batch)
         self.grid = (self.chunks, r.heads, r.batch)
         self.few = (PROGRAMS if r.v.is_cuda else 1,)
         self._arguments()
         self._constants()
         self._buffers()
+
+    def _kernels(self) -> tuple[Any, Any]:
+        """The device code, and that for hard chunks."""
+        from . import fused_hard_kernels, fused_keyed_kernels
+
+        return fused_keyed_kernels, fused_hard_kernels
 
     def _arguments(self) -> None:
         """Tensors, each with its strides; where there is none, one that is not read."""
@@ -201,7 +204,7 @@ class _Scan:
         b = r.log_decay if r.b is None else r.b if r.b.stride(-1) == 1 else r.b.contiguous()
         q, k, v, weight, erase, along = ((x, *x.stride()[:3]) for x in (r.q, r.k, r.v, scale, a, b))
         decay = (r.log_decay, *r.log_decay.stride()[:3], 0 if r.scalar_decay else r.log_decay.stride(3))
-        self.k, self.v, self.weight, self.decay, self.erase = k, v, weight, decay, erase
+        self.q, self.k, self.v, self.weight, self.decay, self.erase = q, k, v, weight, decay, erase
         self.given = (*q, *k, *weight, *decay, *along, *erase)
 
     def _constants(self) -> None:
@@ -210,7 +213,7 @@ class _Scan:
         self.keyed = {"HEADS": r.heads, "KEY": r.key, "L": cut.chunk, **exact}
         self.whole = self.keyed | {"VALUE": r.value}
         self.scaled = {"HAS_SCALE": r.write_scale is not None}
-        self.kinds = {"PAIRS": self.writes == 2, "ERASES": r.erases, **self.scaled}
+        self.kinds = {"PAIRS": False, "ERASES": r.erases, **self.scaled}
         self.part = {"PART": PART, "BS": cut.part}
         self.usual: dict[str, Any] = {"num_warps": cut.warps, "num_stages": cut.stages}
         self.few_warps: dict[str, Any] = {"num_warps": cut.part_warps, "num_stages": cut.part_stages}
@@ -249,7 +252,7 @@ class _Scan:
 
     def run(self, positions: Sequence[int]) -> ScanOutput:
         r = self.r
-        held = sorted({(self.writes * p + self.writes - 1) // self.cut.chunk for p in positions})
+        held = sorted({p // self.cut.chunk for p in positions})
         choices = (self.outputs, self.measure, self.split, bool(held))
         tensors = (r.q, r.k, r.v, r.log_decay, r.write_scale, r.a, r.b, r.initial_state, r.skip)
         self.launch = Launcher.of((__name__, self.cut, *choices), *tensors)
@@ -259,8 +262,7 @@ class _Scan:
         entered = self._walk(held)
         y = self._read() if self.outputs else None
         steps, erased = self._measure() if self.measure else (None, None)
-        at = [self._after(entered[held.index((self.writes * p + self.writes - 1) // self.cut.chunk)], p)
-              for p in positions]  # fmt: skip
+        at = [self._after(entered[held.index(p // self.cut.chunk)], p) for p in positions]
         states = torch.stack(at, 1) if at else self._empty(r.batch, 0, r.heads, r.key, r.value)
         return ScanOutput(y, steps, states, self.final, erased)
 
@@ -277,35 +279,25 @@ class _Scan:
         self.launch(
             self.careful.relate_parts, self.few,
             (*self.given, *found, *related, self.listed, *self.sizes),
-            constants | self.part, **self.few_warps,
+            constants | self.part | {"KEY_GROUPS": self.r.groups, "BEFORE": False}, **self.few_warps,
         )  # fmt: skip
 
     def _solve(self) -> None:
-        part = min(SOLVED, self.cut.chunk // self.writes)
+        part = min(SOLVED, self.cut.chunk)
         constants = self.whole | self.scaled
         constants |= {"PART": part, "BS": self.cut.solved, "BV": self.cut.solved}
         options = dict(self.usual)
         if self.cut.solve_registers and self.r.v.is_cuda and torch.version.cuda:
             options |= {"maxnreg": self.cut.solve_registers}
         found = (self.system, self.through, self.values, self.hard, *self.sizes)
-        if self.writes == 2:
-            grid = (-(-self.chunks // 2), self.r.heads, self.r.batch)
-            self.launch(self.kernels.solve_pairs, grid, (*self.v, *self.weight, *found), constants, **options)
-        else:
-            self.launch(
-                self.kernels.solve, self.grid, (*self.v, *self.weight, *self.erase, *found), constants,
-                **options,
-            )  # fmt: skip
+        self.launch(
+            self.kernels.solve, self.grid, (*self.v, *self.weight, *self.erase, *found), constants, **options
+        )
 
     def _walk(self, held: list[int]) -> Tensor:
         """Return the states that enter the chunks held, (chunk, batch, head, key, value)."""
         r, cut = self.r, self.cut
-        entered, slots = self.final, self.kept
-        if held:
-            slot = torch.full((self.chunks,), -1, dtype=torch.int32)
-            slot[held] = torch.arange(len(held), dtype=torch.int32)
-            slots = _to(slot, r.v)
-            entered = self._empty(len(held), r.batch, r.heads, r.key, r.value)
+        entered, slots = self._kept(held)
         initial = self.final if r.initial_state is None else r.initial_state.contiguous()
         self.launch(
             self.kernels.walk, (r.heads * self.pieces * self.across, r.batch),
@@ -319,6 +311,15 @@ class _Scan:
             num_warps=cut.warps,
         )  # fmt: skip
         return entered
+
+    def _kept(self, held: list[int]) -> tuple[Tensor, Tensor]:
+        """Room for the states that enter the chunks held, and where that of each chunk is, -1 if nowhere."""
+        if not held:
+            return self.final, self.kept
+        r = self.r
+        slot = torch.full((self.chunks,), -1, dtype=torch.int32)
+        slot[held] = torch.arange(len(held), dtype=torch.int32)
+        return self._empty(len(held), r.batch, r.heads, r.key, r.value), _to(slot, r.v)
 
     def _read(self) -> Tensor:
         r, cut = self.r, self.cut
@@ -335,7 +336,7 @@ class _Scan:
 
     def _measure(self) -> tuple[Steps, Tensor | None]:
         r, cut = self.r, self.cut
-        found = self._empty(FIELDS, r.batch, self.rows, r.heads)
+        found = self._empty(FIELDS, r.batch, r.time, r.heads)
         gained = self._empty(r.batch, r.heads, self.padded, r.key)
         written = (*self.k, *self.u, *self.v, *self.weight, *self.decay, *self.erase)
         constants = self.whole | self.kinds | {"GROUPS": r.groups, "DELTA": r.delta_rule}
@@ -355,49 +356,36 @@ class _Scan:
             self.kernels.tally, self.grid,
             (*self.k, *self.decay, *self.erase, self.energy, gained, found, *self.sizes),
             {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": cut.chunk, "BK": cut.keys,
-             "BLOCKS": self.pieces, "PAIRS": self.writes == 2},
+             "BLOCKS": self.pieces, "PAIRS": False},
             num_warps=1,
         )  # fmt: skip
         decayed, energy, cross, total, pace, both, along = found
         erased = torch.stack([both.sqrt(), along]) if r.delta_rule else None
         measured = Measured(decayed, energy, cross, total / (r.key * r.value))
-        return _steps(measured, both, pace, self.writes), erased
+        return measured.steps(pace), erased
 
     def _after(self, entering: Tensor, position: int) -> Tensor:
         """The state after one token, from that which entered its chunk."""
-        r, writes = self.r, self.writes
-        tokens = self.cut.chunk // writes
-        first = position // tokens * tokens
-        past = slice(first, position + 1)
+        r = self.r
+        past = slice(position // self.cut.chunk * self.cut.chunk, position + 1)
         log_decay = r.log_decay[:, past].float()
         log_decay = log_decay[..., None] if r.scalar_decay else log_decay
         # Of the tokens in between alone: from each on, what comes after it.
         remaining = log_decay.flip(1).cumsum(1).flip(1)
         survives = torch.cat([remaining[:, 1:], torch.zeros_like(remaining[:, :1])], 1).exp()
-        keys = r.k[:, past].float().repeat_interleave(r.heads // r.groups, 2) * survives
-        if r.erases:
-            u = self.values[:, :, writes * first : writes * (position + 1)]
-        else:
-            scale = 1.0 if r.write_scale is None else r.write_scale[:, past, :, None]
-            u = (r.v[:, past] * scale).float().transpose(1, 2)
-        added = keys.permute(0, 2, 3, 1) @ u[:, :, writes - 1 :: writes]
-        if writes == 2:
-            assert r.a is not None
-            added += (r.a[:, past].float() * survives).permute(0, 2, 3, 1) @ u[:, :, ::2]
-        return remaining[:, 0].exp()[..., None] * entering + added
+        state = remaining[:, 0].exp()[..., None] * entering
+        for keys, u in self._written(past):
+            state = state + (keys * survives).permute(0, 2, 3, 1) @ u
+        return state
 
-
-def _steps(measured: Measured, both: Tensor, pace: Tensor, writes: int) -> Steps:
-    if writes == 2:
-        erased, added = measured.every_other()
-        measured = Measured(
-            decayed=erased.decayed,
-            written=(erased.written + added.written + 2 * both[:, 1::2]).clamp(min=0),
-            cross=erased.cross + added.cross,
-            mean=added.mean,
-        )
-    return measured.steps(pace[:, ::writes])
-
+    def _written(self, past: slice) -> list[tuple[Tensor, Tensor]]:
+        """Keys, (batch, token, head, key), and values, (batch, head, token, value), that tokens write."""
+        r = self.r
+        keys = r.k[:, past].float().repeat_interleave(r.heads // r.groups, 2)
+        if r.delta_rule:
+            return [(keys, self.values[:, :, past])]
+        scale = 1.0 if r.write_scale is None else r.write_scale[:, past, :, None]
+        return [(keys, (r.v[:, past] * scale).float().transpose(1, 2))]
 
 def _to(x: Tensor, like: Tensor) -> Tensor:
     """Bring to the device from pinned memory, so that the host does not wait."""

@@ -18,7 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, LONG_CASES, OUTPUTS, RMS, STATES, WORST, Case, draw, errors, relative
 
-from statescope.kernels import fused, fused_alike, fused_entries, fused_keyed, launches, reference
+from statescope.kernels import (
+    fused,
+    fused_alike,
+    fused_entries,
+    fused_keyed,
+    fused_pairs,
+    launches,
+    reference,
+)
 from statescope.kernels.interface import ScanOutput
 from statescope.kernels.launches import Launcher
 from statescope.kernels.rates import Rated
@@ -180,7 +188,7 @@ def test_forgetting_much(
     """Rows of a chunk are related by one product, by two, or part by part, and all is the same."""
     shape = {"key": 40, "value": 36, "dtype": torch.bfloat16} if half else {"key": 9, "value": 7}
     r = draw(Case(80, heads=2, initial=True, keyed=True, scale=False, **shape, **structure), DEVICE)
-    rows = fused_keyed.tiling(r, half, half).chunk // (2 if "erase" in structure else 1)
+    rows = (fused_pairs if "erase" in structure else fused_keyed).tiling(r, half, half).chunk
     spread = 1 + 0.2 * torch.rand(r.log_decay.shape, device=DEVICE).sub_(0.5)
     log_decay = -bits * math.log(2) / rows * spread
     log_decay[:, rows:, 0] = -1e-3  # one head turns to remembering
