@@ -18,13 +18,10 @@ from .fused_tiles import (
     _finite,
     _halves,
     _put,
-    _put_system,
     _split,
     _store,
     _tile,
-    _tokens,
     _within,
-    _written_keys,
 )
 
 
@@ -203,55 +200,50 @@ def _measure_part(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+    DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
     chunk, begin, head, batch,
 ):  # fmt: skip
     own_head = batch * HEADS + head
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    a += batch * a_b + first * a_t + head * a_h
-    v += batch * v_b + first * v_t + head * v_h
-    log_decay += batch * g_b + first * g_t + head * g_h
+    k += batch * k_b + chunk * L * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + chunk * L * a_t + head * a_h
+    v += batch * v_b + chunk * L * v_t + head * v_h
+    log_decay += batch * g_b + chunk * L * g_t + head * g_h
     u += batch * u_b + chunk * L * u_t + head * u_h
     states += (own_head * CHUNKS + chunk) * (KEY * VALUE)
     gained += (own_head * PADDED + chunk * L) * KEY
     field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
     if HAS_SCALE:
-        scale += batch * w_b + first * w_t + head * w_h
+        scale += batch * w_b + chunk * L * w_t + head * w_h
     own = begin + tl.arange(0, PART)
-    tokens, decays, ends = _tokens(rows, tl.minimum(left, begin + PART), PAIRS)
-    own_tokens, own_decays, own_ends = _tokens(own, left, PAIRS)
+    there, own_there = rows < tl.minimum(left, begin + PART), own < left
     gram = tl.zeros((PART, L), tl.float32)
     squares = tl.zeros((PART, 1), tl.float32)
     total = tl.zeros((PART, 1), tl.float32)
     removed = tl.zeros((PART, 1), tl.float32)
-    beside = tl.zeros((PART, 1), tl.float32)
     early_weight = tl.full((L,), 1.0, tl.float32)
     weight = tl.full((PART,), 1.0, tl.float32)
     if HAS_SCALE:
-        weight = tl.load(scale + own_tokens * w_t, mask=own_ends, other=0.0).to(tl.float32)
-        early_weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+        weight = tl.load(scale + own * w_t, mask=own_there, other=0.0).to(tl.float32)
+        early_weight = tl.load(scale + rows * w_t, mask=there, other=0.0).to(tl.float32)
     for start in range(0, VALUE, BV):
         columns = start + tl.arange(0, BV)
         inside = (columns < VALUE)[None, :]
         at = rows[:, None] * u_t + columns[None, :]
-        earlier = tl.load(u + at, mask=inside & (rows < tl.minimum(left, begin + PART))[:, None], other=0.0)
+        earlier = tl.load(u + at, mask=inside & there[:, None], other=0.0)
         earlier = earlier.to(tl.float32)
         at = own[:, None] * u_t + columns[None, :]
-        ut = tl.load(u + at, mask=inside & (own < left)[:, None], other=0.0).to(tl.float32)
+        ut = tl.load(u + at, mask=inside & own_there[:, None], other=0.0).to(tl.float32)
         if HAS_SCALE and not ERASES:
             ut *= weight[:, None]
             earlier *= early_weight[:, None]
         gram = _dot(ut, tl.trans(earlier), gram, SPLIT, PRECISION)
         squares += _along(ut * ut)
         total += _along(ut)
-        if PAIRS:
-            beside += _along(ut * tl.load(u + at - u_t, mask=inside & own_ends[:, None], other=0.0))
         if DELTA:
-            there = own_ends[:, None] & inside
-            vt = tl.load(v + own_tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+            shown = inside & own_there[:, None]
+            vt = tl.load(v + own[:, None] * v_t + columns[None, :], mask=shown, other=0.0)
             multiplied = weight
             if SPLIT:
                 high, low = _halves(weight)
@@ -259,35 +251,32 @@ def _measure_part(
             vt = vt.to(tl.float32) * multiplied[:, None]
             removed += _along((ut - vt) * (ut - vt))
     apart = (own + tl.minimum(ROWS, 0))[:, None] > (rows + tl.minimum(PADDED, 0))[None, :]
-    if PAIRS:
-        apart = apart & ~(own_ends[:, None] & (own[:, None] == rows[None, :] + 1))
     gram = tl.where(apart, gram, 0.0)
     key_squares = tl.zeros((PART, 1), tl.float32)
-    pair_products = tl.zeros((PART, 1), tl.float32)
     crossed = tl.zeros((PART, 1), tl.float32)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
-        g = _finite(_decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY, BS))[0]
-        early = _finite(_written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, BS, PAIRS))[0]
+        g = _finite(_decays_of_keys(log_decay, g_t, g_k, rows, there, keys, KEY, BS))[0]
+        early = _finite(_tile(k, k_t, rows, there, keys, KEY, BS).to(tl.float32))[0]
         stored = tl.zeros((PART, BS), tl.float32)
         for block in range(0, VALUE, BV):
             columns = block + tl.arange(0, BV)
             at = own[:, None] * u_t + columns[None, :]
-            shown = (columns < VALUE)[None, :] & (own < left)[:, None]
+            shown = (columns < VALUE)[None, :] & own_there[:, None]
             ut = tl.load(u + at, mask=shown, other=0.0).to(tl.float32)
             if HAS_SCALE and not ERASES:
                 ut *= weight[:, None]
             inside = (keys < KEY)[:, None] & (columns < VALUE)[None, :]
             state = tl.load(states + keys[:, None] * VALUE + columns[None, :], mask=inside, other=0.0)
             stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
-        own_g = _finite(_decays_of_keys(log_decay, g_t, g_k, own_tokens, own_decays, keys, KEY, BS))[0]
+        own_g = _finite(_decays_of_keys(log_decay, g_t, g_k, own, own_there, keys, KEY, BS))[0]
         local = tl.cumsum(own_g, 0)
         halfway, all_of = _halfway(own_g, PART)
         far, middle = tl.min(_within(halfway, all_of, RANGE)) == 0, 0.5 * all_of
         middle = tl.where(far, 0.0, middle)
         early *= _early(g, rows, begin, middle)
         entered = tl.exp2(tl.sum(tl.where((rows < begin)[:, None], g, 0.0), 0)[None, :])
-        kt = _written_keys(k, k_t, a, a_t, own_tokens, own_decays, own_ends, keys, KEY, BS, PAIRS)
+        kt = _tile(k, k_t, own, own_there, keys, KEY, BS).to(tl.float32)
         if far:
             early = tl.where((rows < begin)[:, None], early, 0.0)
         stored *= entered * tl.exp2(local)
@@ -303,22 +292,14 @@ def _measure_part(
         crossed += _along(stored)
         key_squares += _along(kt * kt)
         energy = 2 * stored + kt * kt * squares
-        if PAIRS:
-            own_pair = own_ends[:, None] & (keys < KEY)[None, :]
-            pair = tl.load(a + own_tokens[:, None] * a_t + keys[None, :], mask=own_pair, other=0.0)
-            pair = kt * pair.to(tl.float32)
-            pair_products += _along(pair)
-            energy += 2 * pair * beside
         _store(gained + own[:, None] * KEY + keys[None, :], energy, keys, KEY, BS)
-    here = (own < left)[:, None]
+    here = own_there[:, None]
     at = (batch * ROWS + chunk * L + own)[:, None] * HEADS + head
     tl.store(found + field + at, key_squares * squares, mask=here)
     tl.store(found + 2 * field + at, crossed, mask=here)
     tl.store(found + 3 * field + at, total, mask=here)
-    if PAIRS:
-        tl.store(found + 5 * field + at, beside * pair_products, mask=here)
     if DELTA:
-        rate = tl.load(a + own * a_t, mask=own < left, other=0.0).to(tl.float32)[:, None]
+        rate = tl.load(a + own * a_t, mask=own_there, other=0.0).to(tl.float32)[:, None]
         tl.store(found + 5 * field + at, key_squares * removed, mask=here)
         tl.store(found + 6 * field + at, -rate * key_squares, mask=here)
 
@@ -331,7 +312,7 @@ def measure_parts(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+    DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """What ``measure`` finds of other chunks. Grid: any number of programs."""
     parts: tl.constexpr = L // PART
@@ -341,6 +322,6 @@ def measure_parts(
         _measure_part(
             k, k_b, k_t, k_g, u, u_b, u_t, u_h, v, v_b, v_t, v_h, scale, w_b, w_t, w_h, log_decay, g_b, g_t,
             g_h, g_k, a, a_b, a_t, a_h, states, gained, found, ROWS, PADDED, CHUNKS, BATCH, HEADS, GROUPS,
-            KEY, VALUE, L, PART, BS, BV, SPLIT, PRECISION, PAIRS, DELTA, ERASES, HAS_SCALE, chunk, begin,
-            head, batch,
+            KEY, VALUE, L, PART, BS, BV, SPLIT, PRECISION, DELTA, ERASES, HAS_SCALE, chunk, begin, head,
+            batch,
         )  # fmt: skip

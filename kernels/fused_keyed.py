@@ -1,4 +1,4 @@
-r"""Decay per key on a GPU (Triton), with any erase term: GLA, HGRN-2, RWKV-6 and 7, KDA.
+r"""Decay per key on a GPU (Triton), with or without the delta rule: GLA, HGRN-2, RWKV-6, KDA.
 
 The algebra is that of :mod:`statescope.kernels.keyed` and :mod:`statescope.kernels.erasing`. All launches
 but ``walk`` do all chunks at once:
@@ -13,11 +13,9 @@ but ``walk`` do all chunks at once:
 5. ``measure`` and ``tally``: what is written beside what is stored, and energy and sum of each row of the
    state, token by token inside the chunks; for hard chunks ``measure_parts``.
 
-A chunk is so many *writes* of rank one. A token of the delta rule makes one, :math:`k_t u_t^\top`; with any
-other erase term it makes two, of which the second decays nothing: :math:`a_t z_t^\top` and :math:`k_t
-u_t^\top`. What feeds back into later writes is computed by three products of halves for each, in tf32 or,
-where :func:`halves` says so, in bfloat16, which is then also the precision of what is only read. Nothing
-waits for the device.
+What feeds back into later writes is computed by three products of halves for each, in tf32 or, where
+:func:`halves` says so, in bfloat16, which is then also the precision of what is only read. Nothing waits for
+the device.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from .keyed import Measured
 from .launches import Launcher
 
 ROWS = 2**21
-"""Writes times heads times sequences worked on at once: bounds the memory whatever the length."""
+"""Tokens times heads times sequences worked on at once: bounds the memory whatever the length."""
 
 PROGRAMS = 1024
 """Of the launches for hard chunks, which share these out."""
@@ -126,7 +124,7 @@ def scan(
     kind: type[Scan] | None = None,
     cut: Tiling | None = None,
 ) -> ScanOutput:
-    """Run a recurrence with decay per key or head, and any erase term.
+    """Run a recurrence with decay per key or head, and no erase term or the delta rule's.
 
     Parameters
     ----------
@@ -139,9 +137,9 @@ def scan(
     modern : bool
         As :func:`tiling`.
     kind : type, optional
-        What launches the kernels.
+        What launches the kernels, if not :class:`Scan`.
     cut : Tiling, optional
-        How it is cut up.
+        How it is cut up, if not by :func:`tiling`.
     """
     r = recurrence.replace(q=q, k=k, v=v)
     half = halves(r)
@@ -205,7 +203,7 @@ class Scan:
         q, k, v, weight, erase, along = ((x, *x.stride()[:3]) for x in (r.q, r.k, r.v, scale, a, b))
         decay = (r.log_decay, *r.log_decay.stride()[:3], 0 if r.scalar_decay else r.log_decay.stride(3))
         self.q, self.k, self.v, self.weight, self.decay, self.erase = q, k, v, weight, decay, erase
-        self.given = (*q, *k, *weight, *decay, *along, *erase)
+        self.given, self.along = (*q, *k, *weight, *decay), along
 
     def _constants(self) -> None:
         r, cut = self.r, self.cut
@@ -213,7 +211,7 @@ class Scan:
         self.keyed = {"HEADS": r.heads, "KEY": r.key, "L": cut.chunk, **exact}
         self.whole = self.keyed | {"VALUE": r.value}
         self.scaled = {"HAS_SCALE": r.write_scale is not None}
-        self.kinds = {"PAIRS": False, "ERASES": r.erases, **self.scaled}
+        self.kinds = {"ERASES": r.erases, **self.scaled}
         self.part = {"PART": PART, "BS": cut.part}
         self.usual: dict[str, Any] = {"num_warps": cut.warps, "num_stages": cut.stages}
         self.few_warps: dict[str, Any] = {"num_warps": cut.part_warps, "num_stages": cut.part_stages}
@@ -251,6 +249,7 @@ class Scan:
         return found.view(torch.bfloat16).view(2, -1) if self.split else found
 
     def run(self, positions: Sequence[int]) -> ScanOutput:
+        """Launch all; ``positions`` as of :func:`scan`."""
         r = self.r
         held = sorted({p // self.cut.chunk for p in positions})
         choices = (self.outputs, self.measure, self.split, bool(held))
@@ -273,12 +272,13 @@ class Scan:
         for wide in (False, True):
             self.launch(
                 self.kernels.relate, self.grid,
-                (*self.given, *found, self.halves, *related, self.hard, self.listed, *self.sizes),
+                (*self.given, *self.erase, *found, self.halves, *related, self.hard, self.listed,
+                 *self.sizes),
                 constants | {"BS": self.cut.related, "WIDE": wide}, wide, **self.usual,
             )  # fmt: skip
         self.launch(
             self.careful.relate_parts, self.few,
-            (*self.given, *found, *related, self.listed, *self.sizes),
+            (*self.given, *self.along, *self.erase, *found, *related, self.listed, *self.sizes),
             constants | self.part | {"KEY_GROUPS": self.r.groups, "BEFORE": False}, **self.few_warps,
         )  # fmt: skip
 
@@ -356,7 +356,7 @@ class Scan:
             self.kernels.tally, self.grid,
             (*self.k, *self.decay, *self.erase, self.energy, gained, found, *self.sizes),
             {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": cut.chunk, "BK": cut.keys,
-             "BLOCKS": self.pieces, "PAIRS": False},
+             "BLOCKS": self.pieces},
             num_warps=1,
         )  # fmt: skip
         decayed, energy, cross, total, pace, both, along = found
@@ -386,6 +386,7 @@ class Scan:
             return [(keys, self.values[:, :, past])]
         scale = 1.0 if r.write_scale is None else r.write_scale[:, past, :, None]
         return [(keys, (r.v[:, past] * scale).float().transpose(1, 2))]
+
 
 def _to(x: Tensor, like: Tensor) -> Tensor:
     """Bring to the device from pinned memory, so that the host does not wait."""

@@ -19,12 +19,9 @@ from .fused_tiles import (
     _halves,
     _halves_of_input,
     _invert,
-    _invert_blocks,
-    _join,
     _load,
     _marked,
     _put,
-    _put_system,
     _shown,
     _since_bad,
     _split,
@@ -32,34 +29,30 @@ from .fused_tiles import (
     _store,
     _take,
     _tile,
-    _tokens,
     _unknown,
     _within,
-    _written_keys,
 )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def relate(
     q, q_b, q_t, q_g, k, k_b, k_t, k_g, scale, w_b, w_t, w_h, log_decay, g_b, g_t, g_h, g_k,
-    b, b_b, b_t, b_h, a, a_b, a_t, a_h,
+    a, a_b, a_t, a_h,
     remaining, kept, halves, through, asked, system, seen, hard, listed,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, L: tl.constexpr, BS: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, PAIRS: tl.constexpr, ERASES: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, ERASES: tl.constexpr,
     HAS_SCALE: tl.constexpr, OUTPUTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     r"""Relate the rows of each chunk to one another, to the state that enters it, and to that which leaves.
 
     ``remaining`` are the keys that rows write with, decayed to the chunk's end; where nothing erases, times
-    the write's scale. ``through`` is what erases, decayed since the chunk began: under the delta rule the
-    key, decayed up to the row's own token, otherwise ``b``, decayed up to the token before. ``asked`` are the
-    queries, decayed since the chunk began. ``kept`` is what all of the chunk forgets, ``halves`` what its
-    first half does, base 2.
+    the write's scale. ``through`` is what erases, under the delta rule the key, and ``asked`` are the
+    queries, both decayed since the chunk began. ``kept`` is what all of the chunk forgets, ``halves`` what
+    its first half does, base 2.
 
     ``seen`` (batch, head, row, earlier row) is :math:`\sum_k e^{run_t - run_j} q_t k_j` for :math:`j \le t`,
-    and ``system`` likewise what each row erases of the writes of earlier ones, under the delta rule times
-    ``a``; rows that erase nothing are left out.
+    and ``system`` likewise what each row erases of the writes of earlier ones, times ``a``.
 
     Two factors for each row stand for what is forgotten between any two. They are counted from half of all
     that is forgotten, as far from 1 either way; where that is too far, in a second launch, WIDE, in two
@@ -76,22 +69,20 @@ def relate(
         if tl.load(hard + of_chunk) != 1:
             return
     rows = tl.arange(0, L)
-    tokens, decays, ends = _tokens(rows, tl.minimum(ROWS - chunk * L, L).to(tl.int32), PAIRS)
-    first = chunk * (L // 2) if PAIRS else chunk * L
+    there = rows < tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     row = (batch * HEADS + head) * PADDED + chunk * L
-    q += batch * q_b + first * q_t + (head // (HEADS // GROUPS)) * q_g
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    a += batch * a_b + first * a_t + head * a_h
-    b += batch * b_b + first * b_t + head * b_h
-    log_decay += batch * g_b + first * g_t + head * g_h
+    q += batch * q_b + chunk * L * q_t + (head // (HEADS // GROUPS)) * q_g
+    k += batch * k_b + chunk * L * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + chunk * L * a_t + head * a_h
+    log_decay += batch * g_b + chunk * L * g_t + head * g_h
     plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
     remaining += row * KEY
     through += row * KEY
     asked += row * KEY
     weight = tl.full((L,), 1.0, tl.float32)
     if HAS_SCALE:
-        scale += batch * w_b + first * w_t + head * w_h
-        weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+        scale += batch * w_b + chunk * L * w_t + head * w_h
+        weight = tl.load(scale + rows * w_t, mask=there, other=0.0).to(tl.float32)
     upper = (rows < L // 2)[:, None]
     erased = tl.zeros((L, L), tl.float32)
     read_of = tl.zeros((L, L), tl.float32)
@@ -99,14 +90,11 @@ def relate(
     within = tl.full((1, BS), 1, tl.int32)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
-        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, BS, PAIRS)
-        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY, BS)
+        kt = _tile(k, k_t, rows, there, keys, KEY, BS).to(tl.float32)
+        g = _decays_of_keys(log_decay, g_t, g_k, rows, there, keys, KEY, BS)
         local = tl.cumsum(g, 0)
         total = tl.sum(g, 0)[None, :]
         at_rows = rows[:, None] * KEY + keys[None, :]
-        xt, at = kt, local
-        if PAIRS:
-            xt, at = _tile(b, b_t, tokens, decays, keys, KEY, BS).to(tl.float32), local - g
         if WIDE:
             halfway = tl.sum(tl.where(upper, g, 0.0), 0)[None, :]
             within = tl.minimum(within, _within(halfway, total, 2 * RANGE))
@@ -130,7 +118,7 @@ def relate(
             late = tl.where(upper, 0.0, early)
             early = tl.where(upper, early, 0.0)
         if OUTPUTS:
-            qt = _tile(q, q_t, tokens, ends, keys, KEY, BS).to(tl.float32)
+            qt = _tile(q, q_t, rows, there, keys, KEY, BS).to(tl.float32)
             x = qt * tl.exp2(local - middle)
             read_of = _dot(x, tl.trans(early), read_of, SPLIT, PRECISION)
             if WIDE:
@@ -141,19 +129,19 @@ def relate(
                 x *= tl.exp2(middle)
             _store(asked + at_rows, x.to(asked.dtype.element_ty), keys, KEY, BS)
         if ERASES:
-            x = xt * tl.exp2(at - middle)
+            x = kt * tl.exp2(local - middle)
             erased = _exact(x, tl.trans(early), erased, SPLIT, PRECISION)
             if WIDE:
-                lower = xt * tl.exp2(tl.where(upper, 0.0, at - second))
+                lower = kt * tl.exp2(tl.where(upper, 0.0, local - second))
                 erased = _exact(lower, tl.trans(late), erased, SPLIT, PRECISION)
-                x = xt * tl.exp2(at)
+                x = kt * tl.exp2(local)
             else:
                 x *= tl.exp2(middle)
             high, low = _split(x, SPLIT)
             _put(high, low, through + at_rows, plane, keys, KEY, BS, SPLIT)
     rate = tl.full((L,), 1.0, tl.float32)
-    if ERASES and not PAIRS:
-        rate = tl.load(a + rows * a_t, mask=decays, other=0.0).to(tl.float32)
+    if ERASES:
+        rate = tl.load(a + rows * a_t, mask=there, other=0.0).to(tl.float32)
     known = tl.sum(weight * rate * 0.0) + tl.sum(spoilt)  # NaN, or 0
     past = rows[:, None] >= rows[None, :]
     erased, read_of = tl.where(past, erased * rate[:, None], 0.0), tl.where(past, read_of, 0.0)
@@ -161,11 +149,11 @@ def relate(
     done = (tl.min(within) == 1) & (tl.min(fine) == 1) & (known == 0)
     tl.store(hard + of_chunk, tl.where(done, WIDE, WIDE + 1))
     if done:
+        at_rows = rows[:, None] * L + rows[None, :]
         if ERASES:
             erased = tl.where(rows[:, None] > rows[None, :], erased, 0.0)
-            _put_system(system + row * L, erased, rows, rows, L, PAIRS)
+            tl.store(system + row * L + at_rows, erased)
         if OUTPUTS:
-            at_rows = rows[:, None] * L + rows[None, :]
             tl.store(seen + row * L + at_rows, read_of.to(seen.dtype.element_ty))
     elif WIDE:
         tl.store(listed + 1 + tl.atomic_add(listed, 1), of_chunk.to(tl.int32))
@@ -244,86 +232,6 @@ def solve(
         u, bad_from = _marked(u)
         u = _halves_of_input(to_values, to_values_low, u, bad_from + mark, SPLIT, PRECISION)
         _store(values + rows[:, None] * VALUE + columns[None, :], u, columns, VALUE, BV)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def solve_pairs(
-    v, v_b, v_t, v_h, scale, w_b, w_t, w_h, system, through, values, hard,
-    ROWS, PADDED, CHUNKS, BATCH,
-    HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    L: tl.constexpr, PART: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, HAS_SCALE: tl.constexpr,
-):  # fmt: skip
-    """Find what :func:`solve` does where every token makes two rows, for two chunks at once.
-
-    Only the first row of a token erases, so both chunks together have as many as a chunk has rows. What the
-    second writes is its value. Buffers have room for an even number of chunks. Grid: (pairs of chunks, heads,
-    batch).
-    """
-    half: tl.constexpr = L // 2
-    pair = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    rows = tl.arange(0, L)
-    there = rows < tl.minimum(ROWS // 2 - pair * L, L).to(tl.int32)  # tokens
-    exists = pair * 2 + rows // half < CHUNKS
-    row = (batch * HEADS + head) * PADDED + pair * (2 * L)
-    v += batch * v_b + pair * L * v_t + head * v_h
-    through += row * KEY
-    values += row * VALUE
-    system += row * L
-    hard += (batch * HEADS + head) * CHUNKS + pair * 2
-    plane = (tl.zeros((), tl.int64) + BATCH) * HEADS * PADDED * KEY
-    own = (rows[:, None] // half == rows[None, :] // half) & exists[:, None]
-    square = (rows // half * (L * L) + rows % half * (2 * L))[:, None] + rows[None, :] % half * 2
-    mark = tl.zeros((L, 1), tl.float32)
-    if (tl.load(hard) == 2) | (tl.load(hard + 1, mask=pair * 2 + 1 < CHUNKS, other=0) == 2):
-        mark += _without_bad(system + square, own)
-        mark += _without_bad(system + square + 1, own)
-    blocks = rows // half * (L * L) + rows % half // PART * (PART * L + PART) * 2
-    _invert_blocks(system + blocks, L, PART, 2)
-    if half > PART:
-        _join(system, PART, L, 2, SPLIT, PRECISION, False)
-        _join(system + L * L, PART, L, 2, SPLIT, PRECISION, False)
-        tl.debug_barrier()
-    inverse = tl.load(system + square, mask=own, other=0.0) + mark
-    inverse, inverse_low = _split(inverse, SPLIT)
-    for start in range(0, KEY, BS):
-        keys = start + tl.arange(0, BS)
-        at = through + rows[:, None] * (2 * KEY) + keys[None, :]
-        shown = _shown(exists, keys, KEY, BS)
-        xt = tl.load(at, mask=shown, other=0.0)
-        xt_low = xt
-        if SPLIT:
-            xt_low = tl.load(at + plane, mask=shown, other=0.0)
-        found = tl.zeros((L, BS), tl.float32)
-        found = _by_halves(inverse, inverse_low, xt, xt_low, found, SPLIT, PRECISION)
-        found, found_low = _split(found, SPLIT)
-        tl.store(at, found, mask=shown)
-        if SPLIT:
-            tl.store(at + plane, found_low, mask=shown)
-    erased = tl.load(system + square + 1, mask=own, other=0.0)
-    mark = tl.zeros((L, 1), tl.float32)  # that of rows is in the inverse
-    weight = tl.full((L,), 1.0, tl.float32)
-    if HAS_SCALE:
-        scale += batch * w_b + pair * L * w_t + head * w_h
-        weight = tl.load(scale + rows * w_t, mask=there, other=0.0).to(tl.float32)
-        usable = tl.abs(weight) < float("inf")
-        mark = _since_bad(~usable)[:, None]
-        erased *= tl.where(usable, weight, 0.0)[None, :]
-    erased, erased_low = _split(erased, SPLIT)
-    for start in range(0, VALUE, BV):
-        columns = start + tl.arange(0, BV)
-        shown = _shown(there, columns, VALUE, BV)
-        vt = tl.load(v + rows[:, None] * v_t + columns[None, :], mask=shown, other=0.0)
-        u, bad_from = _marked(vt)
-        u = _halves_of_input(erased, erased_low, u, tl.zeros((L, BV), tl.float32), SPLIT, PRECISION)
-        u, u_low = _split(u, SPLIT)
-        u = _by_halves(inverse, inverse_low, u, u_low, bad_from + mark, SPLIT, PRECISION)
-        at = values + rows[:, None] * (2 * VALUE) + columns[None, :]
-        shown = _shown(exists, columns, VALUE, BV)
-        tl.store(at, u, mask=shown)
-        tl.store(at + VALUE, vt.to(tl.float32) * weight[:, None], mask=shown)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -424,7 +332,7 @@ def read(
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIRS: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SKIP: tl.constexpr,
+    ERASES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     """Read each chunk with its queries: the state that entered it, and what it wrote itself.
 
@@ -439,13 +347,12 @@ def read(
     own = batch * HEADS + head
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
-    tokens, _decays, ends = _tokens(rows, left, PAIRS)
-    first = chunk * (L // 2) if PAIRS else chunk * L
+    there = rows < left
     columns = piece * BV + tl.arange(0, BV)
     states += (own * CHUNKS + chunk) * (KEY * VALUE)
     asked += (own * PADDED + chunk * L) * KEY
     u += batch * u_b + chunk * L * u_t + head * u_h
-    v += batch * v_b + first * v_t + head * v_h
+    v += batch * v_b + chunk * L * v_t + head * v_h
     out = tl.zeros((L, BV), tl.float32)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
@@ -455,19 +362,17 @@ def read(
     shown = _shown(rows < left, columns, VALUE, BV)
     ut = tl.load(u + rows[:, None] * u_t + columns[None, :], mask=shown, other=0.0).to(tl.float32)
     if HAS_SCALE and not ERASES:
-        scale += batch * w_b + first * w_t + head * w_h
-        ut *= tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)[:, None]
+        scale += batch * w_b + chunk * L * w_t + head * w_h
+        ut *= tl.load(scale + rows * w_t, mask=there, other=0.0).to(tl.float32)[:, None]
     good, marks = _marked(ut)
     seen += (own * PADDED + chunk * L) * L
     read_of = tl.load(seen + rows[:, None] * L + rows[None, :])
     out = _dot(read_of, good, out, SPLIT, PRECISION) + marks
-    there = _shown(ends, columns, VALUE, BV)
     if HAS_SKIP:
-        skipped = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+        skipped = tl.load(v + rows[:, None] * v_t + columns[None, :], mask=shown, other=0.0)
         out += tl.load(skip + head).to(tl.float32) * skipped.to(tl.float32)
-    time = ROWS // 2 if PAIRS else ROWS
-    y += ((batch * time + first) * HEADS + head) * VALUE
-    tl.store(y + tokens[:, None] * (HEADS * VALUE) + columns[None, :], out.to(y.dtype.element_ty), mask=there)
+    y += ((batch * ROWS + chunk * L) * HEADS + head) * VALUE
+    tl.store(y + rows[:, None] * (HEADS * VALUE) + columns[None, :], out.to(y.dtype.element_ty), mask=shown)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -477,7 +382,7 @@ def measure(
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     L: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    PAIRS: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
+    DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_SCALE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     r"""Bring what is written and what is stored together.
@@ -485,10 +390,8 @@ def measure(
     ``found`` is (field, batch, row, head): second :math:`|U_t|^2`, third :math:`\langle D_t, U_t \rangle`,
     fourth, for :func:`tally`, the sum of the value that is written, and under the delta rule sixth the energy
     of what is erased, and the share of it along the key (:class:`statescope.kernels.interface.ScanOutput`).
-    ``gained`` (batch, head, row, key) is what the write adds to the energy of each row of the state. With
-    PAIRS the second row of each token leaves the first out of its product with the state, and what the two
-    have in common is a field of its own. It takes two launches, as :func:`relate` does.
-    Grid: (chunks, heads, batch).
+    ``gained`` (batch, head, row, key) is what the write adds to the energy of each row of the state. It takes
+    two launches, as :func:`relate` does. Grid: (chunks, heads, batch).
     """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -498,12 +401,11 @@ def measure(
         return
     left = tl.minimum(ROWS - chunk * L, L).to(tl.int32)
     rows = tl.arange(0, L)
-    tokens, decays, ends = _tokens(rows, left, PAIRS)
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    a += batch * a_b + first * a_t + head * a_h
-    v += batch * v_b + first * v_t + head * v_h
-    log_decay += batch * g_b + first * g_t + head * g_h
+    there = rows < left
+    k += batch * k_b + chunk * L * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + chunk * L * a_t + head * a_h
+    v += batch * v_b + chunk * L * v_t + head * v_h
+    log_decay += batch * g_b + chunk * L * g_t + head * g_h
     states += (own * CHUNKS + chunk) * (KEY * VALUE)
     u += batch * u_b + chunk * L * u_t + head * u_h
     kept += (own * CHUNKS + chunk) * KEY
@@ -512,13 +414,12 @@ def measure(
     gained += (own * PADDED + chunk * L) * KEY
     weight = tl.full((L,), 1.0, tl.float32)
     if HAS_SCALE:
-        scale += batch * w_b + first * w_t + head * w_h
-        weight = tl.load(scale + tokens * w_t, mask=ends, other=0.0).to(tl.float32)
+        scale += batch * w_b + chunk * L * w_t + head * w_h
+        weight = tl.load(scale + rows * w_t, mask=there, other=0.0).to(tl.float32)
     gram = tl.zeros((L, L), tl.float32)
     squares = tl.zeros((L, 1), tl.float32)
     total = tl.zeros((L, 1), tl.float32)
     removed = tl.zeros((L, 1), tl.float32)
-    beside = tl.zeros((L, 1), tl.float32)
     ut = tl.zeros((L, BV), tl.float32)
     for start in range(0, VALUE, BV):
         columns = start + tl.arange(0, BV)
@@ -530,12 +431,8 @@ def measure(
         gram = _dot(ut, tl.trans(ut), gram, SPLIT, PRECISION)
         squares += _along(ut * ut)
         total += _along(ut)
-        if PAIRS:
-            there = _shown(ends, columns, VALUE, BV)
-            beside += _along(ut * tl.load(u + at - u_t, mask=there, other=0.0))
         if DELTA:
-            there = _shown(ends, columns, VALUE, BV)
-            vt = tl.load(v + tokens[:, None] * v_t + columns[None, :], mask=there, other=0.0)
+            vt = tl.load(v + rows[:, None] * v_t + columns[None, :], mask=shown, other=0.0)
             multiplied = weight
             if SPLIT:  # as it was multiplied, so that nothing is removed where nothing is there
                 high, low = _halves(weight)
@@ -543,12 +440,8 @@ def measure(
             vt = vt.to(tl.float32) * multiplied[:, None]
             removed += _along((ut - vt) * (ut - vt))
     down, across = _unknown(L, ROWS, PADDED)
-    apart = down > across
-    if PAIRS:
-        apart = apart & ~(ends[:, None] & (down == across + 1))
-    gram = tl.where(apart, gram, 0.0)
+    gram = tl.where(down > across, gram, 0.0)
     key_squares = tl.zeros((L, 1), tl.float32)
-    pair_products = tl.zeros((L, 1), tl.float32)
     crossed = tl.zeros((L, 1), tl.float32)
     for start in range(0, KEY, BS):
         keys = start + tl.arange(0, BS)
@@ -562,9 +455,9 @@ def measure(
                     ut *= weight[:, None]
             state = _state(states, keys, columns, KEY, VALUE, BS, BV)
             stored = _dot(ut, tl.trans(state), stored, SPLIT, PRECISION)
-        g = _decays_of_keys(log_decay, g_t, g_k, tokens, decays, keys, KEY, BS)
+        g = _decays_of_keys(log_decay, g_t, g_k, rows, there, keys, KEY, BS)
         forgets = tl.load(kept + keys, mask=keys < KEY, other=0.0)[None, :]
-        kt = _written_keys(k, k_t, a, a_t, tokens, decays, ends, keys, KEY, BS, PAIRS)
+        kt = _tile(k, k_t, rows, there, keys, KEY, BS).to(tl.float32)
         local = tl.cumsum(g, 0)
         if WIDE:
             halfway = tl.load(halves + keys, mask=keys < KEY, other=0.0)[None, :]
@@ -584,10 +477,6 @@ def measure(
         crossed += _along(stored)
         key_squares += _along(kt * kt)
         energy = 2 * stored + kt * kt * squares
-        if PAIRS:
-            pair = kt * _tile(a, a_t, tokens, ends, keys, KEY, BS).to(tl.float32)
-            pair_products += _along(pair)
-            energy += 2 * pair * beside
         _store(gained + rows[:, None] * KEY + keys[None, :], energy, keys, KEY, BS)
     field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
     found += (batch * ROWS + chunk * L) * HEADS + head
@@ -596,8 +485,6 @@ def measure(
     tl.store(found + field + at, key_squares * squares, mask=here)
     tl.store(found + 2 * field + at, crossed, mask=here)
     tl.store(found + 3 * field + at, total, mask=here)
-    if PAIRS:
-        tl.store(found + 5 * field + at, beside * pair_products, mask=here)
     if DELTA:
         rate = tl.load(a + rows * a_t, mask=rows < left, other=0.0).to(tl.float32)[:, None]
         tl.store(found + 5 * field + at, key_squares * removed, mask=here)
@@ -610,7 +497,7 @@ def tally(
     energy, gained, found,
     ROWS, PADDED, CHUNKS, BATCH,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr,
-    L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, PAIRS: tl.constexpr,
+    L: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Follow energy and sum of every row of the state through each chunk, row of the text by row.
 
@@ -623,10 +510,9 @@ def tally(
     batch = tl.program_id(2).to(tl.int64)
     keys = tl.arange(0, BK)
     own = batch * HEADS + head
-    first = chunk * (L // 2) if PAIRS else chunk * L
-    k += batch * k_b + first * k_t + (head // (HEADS // GROUPS)) * k_g
-    a += batch * a_b + first * a_t + head * a_h
-    log_decay += batch * g_b + first * g_t + head * g_h
+    k += batch * k_b + chunk * L * k_t + (head // (HEADS // GROUPS)) * k_g
+    a += batch * a_b + chunk * L * a_t + head * a_h
+    log_decay += batch * g_b + chunk * L * g_t + head * g_h
     gained += (own * PADDED + chunk * L) * KEY
     field = (tl.zeros((), tl.int64) + BATCH) * ROWS * HEADS
     found += (batch * ROWS + chunk * L) * HEADS + head
@@ -638,20 +524,13 @@ def tally(
         squares += tl.load(energy + block * KEY + keys, mask=keys < KEY, other=0.0)
         entries += tl.load(energy + plane + block * KEY + keys, mask=keys < KEY, other=0.0)
     for row in range(tl.minimum(ROWS - chunk * L, L).to(tl.int32)):
-        token = row // 2 if PAIRS else row
-        decays = row % 2 == 0 if PAIRS else row >= 0
-        inside = (keys < KEY) & decays
         at = found + row * HEADS
-        g = tl.load(log_decay + token * g_t + keys * g_k, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(log_decay + row * g_t + keys * g_k, mask=keys < KEY, other=0.0).to(tl.float32)
         tl.store(at + 4 * field, tl.sum(g) / KEY)
         fall = tl.exp2(_bounded(g))
         squares *= fall * fall
         tl.store(at, tl.sum(squares))
         squares += tl.load(gained + row * KEY + keys, mask=keys < KEY, other=0.0)
-        if PAIRS:
-            kt = tl.load(k + token * k_t + keys, mask=(keys < KEY) & (row % 2 == 1), other=0.0).to(tl.float32)
-            kt += tl.load(a + token * a_t + keys, mask=inside, other=0.0).to(tl.float32)
-        else:
-            kt = tl.load(k + token * k_t + keys, mask=keys < KEY, other=0.0).to(tl.float32)
+        kt = tl.load(k + row * k_t + keys, mask=keys < KEY, other=0.0).to(tl.float32)
         entries = entries * fall + kt * tl.load(at + 3 * field)
         tl.store(at + 3 * field, tl.sum(entries))

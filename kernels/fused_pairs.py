@@ -16,7 +16,7 @@ from torch import Tensor
 from statescope.recurrence import Recurrence
 
 from . import fused_keyed
-from .fused_keyed import PART, SOLVED, Tiling
+from .fused_keyed import SOLVED, Tiling
 from .interface import ScanOutput, Steps
 from .keyed import Measured
 
@@ -32,9 +32,9 @@ def tiling(recurrence: Recurrence, half: bool, modern: bool) -> Tiling:
     r = recurrence
     keys, values = (max(16, 1 << (n - 1).bit_length()) for n in (r.key, r.value))
     if half and modern:
-        return Tiling(64, keys, 32, 64, keys, 16 if keys <= 64 else 32, 64, 64, 64, 64, 32,
-                      walk_stages=3 if keys <= 64 else 2, stages=3, measure_stages=1,
-                      part_stages=2, solve_registers=168)  # fmt: skip
+        narrow = keys <= 64
+        return Tiling(64, keys, 64 if narrow else 32, 64, keys, 16 if narrow else 32, 64, 64, 64, 64, 32,
+                      walk_stages=3 if narrow else 2, part_stages=2, solve_registers=168)  # fmt: skip
     some, columns = min(keys, 32), min(values, 32)
     return Tiling(16, keys, some, min(some, columns), keys, min(columns, 16), some, columns, some, columns,
                   min(some, columns))  # fmt: skip
@@ -59,7 +59,7 @@ def scan(
 
 
 class _Scan(fused_keyed.Scan):
-    """One scan: the launches and the buffers between them."""
+    """One scan, with buffers for either kind of write."""
 
     def _kernels(self) -> tuple[Any, Any]:
         from . import fused_hard_kernels, fused_pairs_kernels
@@ -80,7 +80,7 @@ class _Scan(fused_keyed.Scan):
         self.through = self._of_keys()
         self.system = self._empty(*square)
         self.values = self._empty(*heads, self.padded, r.value)
-        self.asked, self.seen, self.states, self.energy = self.kept, (self.kept,) * 2, self.final, self.kept
+        self.asked, self.seen, self.states, self.energy = self.kept, self.kept[None], self.final, self.kept
         if self.outputs:
             self.asked = self._empty(*heads, self.padded, r.key, dtype=rounded)
             self.seen = self._empty(*square, dtype=rounded)
@@ -91,25 +91,25 @@ class _Scan(fused_keyed.Scan):
 
     def _relate(self) -> None:
         r, chosen = self.r, {"OUTPUTS": self.outputs}
+        given = (*self.given, *self.along, *self.erase)
         for wide in (False, True):
             self.launch(
                 self.kernels.relate, self.grid,
-                (*self.given, self.remaining, self.kept, self.halves, self.through, self.asked, self.system,
+                (*given, self.remaining, self.kept, self.halves, self.through, self.asked, self.system,
                  self.seen[0], self.hard, self.listed, *self.sizes),
                 self.keyed | self.scaled | chosen
                 | {"GROUPS": r.groups, "BS": self.cut.related, "WIDE": wide}, wide, **self.usual,
             )  # fmt: skip
-        key, group = len(self.q), len(self.q) + len(self.k)
-        for second in (0, 1):  # hard chunks: what is related to a, then what is to k
-            given = list(self.given)
-            given[key:group] = self.k if second else self.erase
+        query, others = given[: len(self.q)], given[len(self.q) + len(self.k) :]
+        for second in (False, True):  # hard chunks: what is related to a, then what is to k
             self.launch(
                 self.careful.relate_parts, self.few,
-                (*given, self.remaining[second], self.kept, self.through, self.asked, self.system[second],
-                 self.seen[second], self.listed, *self.sizes),
+                (*query, *(self.k if second else self.erase), *others, self.remaining[int(second)], self.kept,
+                 self.through, self.asked, self.system[int(second)], self.seen[-int(second)], self.listed,
+                 *self.sizes),
                 self.keyed | self.part | chosen
                 | {"GROUPS": r.groups, "KEY_GROUPS": r.groups if second else r.heads, "BEFORE": True,
-                   "ERASES": True, "HAS_SCALE": bool(second) and r.write_scale is not None},
+                   "ERASES": True, "HAS_SCALE": second and r.write_scale is not None},
                 second, **self.few_warps,
             )  # fmt: skip
 

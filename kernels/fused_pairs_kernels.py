@@ -1,6 +1,6 @@
-"""The device code of :mod:`statescope.kernels.fused_pairs`; importing it needs triton.
+r"""The device code of :mod:`statescope.kernels.fused_pairs`; importing it needs triton.
 
-A token of a chunk makes two writes, first :math:`a_t z_t^\\top` and then :math:`k_t v_t^\\top`. Buffers that
+A token of a chunk makes two writes, first :math:`a_t z_t^\top` and then :math:`k_t v_t^\top`. Buffers that
 hold something for either hold that of all first ones, then that of all second ones.
 """
 
@@ -34,7 +34,6 @@ from .fused_tiles import (
     _unknown,
     _within,
 )
-
 
 
 @triton.jit(do_not_specialize=SIZES)

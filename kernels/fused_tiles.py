@@ -1,8 +1,8 @@
 """What kernels do with tiles of the rows of a chunk; importing it needs triton.
 
-Base-2 logarithms as in :mod:`statescope.kernels.fused_kernels`. A chunk is ``L`` rows, each one write of
-rank one: a token, or with PAIRS every other token's erase term and write in turn. Buffers between the
-launches are (batch, head, padded row, ...), where padding decays nothing and writes nothing.
+Base-2 logarithms as in :mod:`statescope.kernels.fused_kernels`. A chunk is ``L`` tokens, here also called
+rows. Buffers between the launches are (batch, head, padded row, ...), where padding decays nothing and
+writes nothing.
 
 No product over rows is shown a NaN or an infinity, as it would reach earlier ones (0 * NaN is NaN): later
 rows of the same column are marked instead.
@@ -160,50 +160,37 @@ def _within(halfway, total, MOST: tl.constexpr):
 
 
 @triton.jit
-def _put_system(system, erased, rows, columns, L: tl.constexpr, PAIRS: tl.constexpr):
-    """Store what rows erase of earlier writes; with PAIRS only first rows of tokens do."""
-    at = system + rows[:, None] * L + columns[None, :]
-    if PAIRS:
-        tl.store(at, erased, mask=(rows % 2 == 0)[:, None])
-    else:
-        tl.store(at, erased)
-
-
-@triton.jit
-def _invert_blocks(blocks, L: tl.constexpr, PART: tl.constexpr, STEP: tl.constexpr):
-    """Invert I - M in place, in blocks of PART rows; ``blocks`` is where that of each column begins.
-
-    Rows lie STEP * L apart, entries of a row STEP.
-    """
+def _invert_blocks(blocks, L: tl.constexpr, PART: tl.constexpr):
+    """Invert I - M in place, in blocks of PART rows; ``blocks`` is where that of each column begins."""
     column = tl.arange(0, blocks.shape[0]) % PART
     found = ()
     for row in tl.static_range(PART):
         entry = tl.where(column == row, 1.0, 0.0)
         for earlier in tl.static_range(row):
-            entry = tl.fma(tl.load(blocks + (row * L + earlier) * STEP), found[earlier], entry)
+            entry = tl.fma(tl.load(blocks + (row * L + earlier)), found[earlier], entry)
         found = found + (entry,)  # noqa: RUF005 - triton has no other way
     tl.debug_barrier()
     for row in tl.static_range(PART):
-        tl.store(blocks + (row * L + column) * STEP, found[row])
+        tl.store(blocks + (row * L + column), found[row])
     tl.debug_barrier()
 
 
 @triton.jit
 def _join(
-    system, SIZE: tl.constexpr, L: tl.constexpr, STEP: tl.constexpr,
+    system, SIZE: tl.constexpr, L: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     r"""Below two blocks on the diagonal that are inverted, find the inverse :math:`D_1 M_{10} D_0`."""
     part = tl.arange(0, SIZE)
-    at = system + (part[:, None] * L + part[None, :]) * STEP
-    below = tl.load(at + SIZE * L * STEP)
+    at = system + (part[:, None] * L + part[None, :])
+    below = tl.load(at + SIZE * L)
     below = _exact(below, tl.load(at), tl.zeros((SIZE, SIZE), tl.float32), SPLIT, PRECISION)
     mark = tl.zeros((SIZE, SIZE), tl.float32)
     if CAREFUL:
         below, mark = _marked(below)
-    below = _exact(tl.load(at + SIZE * (L + 1) * STEP), below, mark, SPLIT, PRECISION)
+    below = _exact(tl.load(at + SIZE * (L + 1)), below, mark, SPLIT, PRECISION)
     tl.debug_barrier()
-    tl.store(at + SIZE * L * STEP, below)
+    tl.store(at + SIZE * L, below)
 
 
 @triton.jit
@@ -213,27 +200,13 @@ def _invert(
 ):  # fmt: skip
     """Invert I - M in place for a strictly lower M: blocks on the diagonal row by row, then two by two."""
     lanes = tl.arange(0, L)
-    _invert_blocks(system + lanes // PART * (PART * L + PART), L, PART, 1)
+    _invert_blocks(system + lanes // PART * (PART * L + PART), L, PART)
     for first in tl.static_range(0, L - PART, 2 * PART):
-        _join(system + first * (L + 1), PART, L, 1, SPLIT, PRECISION, CAREFUL)
+        _join(system + first * (L + 1), PART, L, SPLIT, PRECISION, CAREFUL)
     tl.debug_barrier()
     if L > 2 * PART:
-        _join(system, 2 * PART, L, 1, SPLIT, PRECISION, CAREFUL)
+        _join(system, 2 * PART, L, SPLIT, PRECISION, CAREFUL)
         tl.debug_barrier()
-
-
-@triton.jit
-def _tokens(rows, left, PAIRS: tl.constexpr):
-    """Tokens of rows; whether a row decays the state before it writes; whether it is its token's last."""
-    if PAIRS:
-        tokens = rows // 2
-        decays = (rows % 2 == 0) & (rows < left)
-        last = (rows % 2 == 1) & (rows < left)
-    else:
-        tokens = rows
-        decays = rows < left
-        last = decays
-    return tokens, decays, last
 
 
 @triton.jit
@@ -241,17 +214,6 @@ def _tile(x, x_t, rows, there, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr
     """Load a block of columns of rows that are there, zero elsewhere."""
     mask = _shown(there, columns, WIDTH, BLOCK)
     return tl.load(x + rows[:, None] * x_t + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _written_keys(
-    k, k_t, a, a_t, tokens, decays, last, keys, KEY: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr
-):  # fmt: skip
-    """The keys that rows write with: with PAIRS ``a`` and ``k`` in turn."""
-    found = _tile(k, k_t, tokens, last, keys, KEY, BLOCK).to(tl.float32)
-    if PAIRS:
-        found += _tile(a, a_t, tokens, decays, keys, KEY, BLOCK).to(tl.float32)
-    return found
 
 
 @triton.jit

@@ -29,6 +29,8 @@ from statescope.kernels import (
     fused_kernels,
     fused_keyed,
     fused_keyed_kernels,
+    fused_pairs,
+    fused_pairs_kernels,
     loss_kernels,
     window_kernels,
 )
@@ -50,8 +52,9 @@ MADE = ("remaining", "through", "asked", "states", "seen")
 OF_ALIKE = ("inverse", "met", "seen", "states", "u", "values")
 """The same, of the kernels of heads whose keys all decay alike."""
 
-STRUCTURES = {"RWKV-7": {"PAIRS": True, "ERASES": True}}
-"""All there is where keys decay each at its own rate: KDA and decay per key alone are less of it."""
+KEYED = {"KDA": {"KEY": 128, "VALUE": 128, "DELTA": True, "HAS_SCALE": True},
+         "RWKV-7": {"KEY": 64, "VALUE": 64, "BEFORE": True, "HAS_SCALE": False}}  # fmt: skip
+"""With erase terms: decay per key alone is less of KDA."""
 
 ALIKE = {"gated delta": {"KEY": 128, "VALUE": 128, "ERASES": True},
          "RetNet": {"KEY": 256, "VALUE": 512, "ERASES": False}}  # fmt: skip
@@ -150,39 +153,42 @@ def read_twice(ttgir: str) -> int:
     return len(copied & loaded & tiles([x for pair in operands for x in pair])) if pending else 0
 
 
-def keyed(
-    structure: str, constants: dict[str, bool], target: str, backend: str, where: GPUTarget
-) -> dict[str, dict[str, int]]:
+def keyed(structure: str, target: str, backend: str, where: GPUTarget) -> dict[str, dict[str, int]]:
     """Compile the kernels of a structure whose keys decay each at its own rate, with bfloat16 values."""
-    decay = torch.empty(1, 1, 1, HEADS["KEY"], device="meta")
-    cut = fused_keyed.tiling(SHAPE.replace(log_decay=decay), True, target == "sm_90")
+    sizes = KEYED[structure]
+    q, v = (torch.empty(1, 1, 1, sizes[n], dtype=torch.bfloat16, device="meta") for n in ("KEY", "VALUE"))
+    a = SHAPE.log_decay if "DELTA" in sizes else q
+    host, kernels = (
+        (fused_keyed, fused_keyed_kernels) if "DELTA" in sizes else (fused_pairs, fused_pairs_kernels)
+    )
+    r = Recurrence(q, q, v, q.float(), a=a, b=None if "DELTA" in sizes else q)
+    cut = host.tiling(r, True, target == "sm_90")
     asked = {name: True for name in ("OUTPUTS", "HAS_SKIP", "HAS_INITIAL", "STORE", "MEASURE", "SPLIT")}
-    asked |= {"KEEP": False, "HAS_SCALE": not constants["PAIRS"], "PRECISION": "ieee"}
-    asked |= constants | {"DELTA": constants["ERASES"] and not constants["PAIRS"]}
+    asked |= {"KEEP": False, "PRECISION": "ieee", "ERASES": True, "BEFORE": False, "KEY_GROUPS": 1}
+    asked |= sizes | {"BLOCKS": -(-sizes["VALUE"] // cut.walked), "AHEAD": fused_pairs.AHEAD}
     usual = {"num_warps": cut.warps, "num_stages": cut.stages}
     walked = {"BK": cut.walked_keys, "BV": cut.walked, "STAGES": cut.walk_stages}
     measured = {"BS": cut.measured, "BV": cut.measured_columns}
     solving = {} if target != "sm_90" else {"maxnreg": cut.solve_registers}
-    solved = {"PART": fused_keyed.SOLVED, "BS": cut.solved, "BV": cut.solved}
+    solved = {"PART": min(fused_keyed.SOLVED, cut.chunk), "BS": cut.solved, "BV": cut.solved}
     parts = {"PART": fused_keyed.PART, "BS": cut.part, "BV": cut.part}
     few = {"num_warps": cut.part_warps, "num_stages": cut.part_stages}
     launches = [
         ("relate", {"BS": cut.related, "WIDE": False}, usual),
         ("relate wide", {"BS": cut.related, "WIDE": True}, usual),
         ("solve", solved, usual | solving),
-        ("solve_pairs", solved, usual | solving),
-        ("walk", walked | {"BLOCKS": -(-HEADS["VALUE"] // cut.walked)}, {"num_warps": cut.warps}),
+        ("walk", walked, {"num_warps": cut.warps}),
         ("read", {"BS": cut.read_keys, "BV": cut.read_columns}, usual),
         ("measure", measured | {"WIDE": False}, usual | {"num_stages": cut.measure_stages}),
         ("measure wide", measured | {"WIDE": True}, usual | {"num_stages": cut.measure_stages}),
-        ("tally", {"BK": cut.keys, "BLOCKS": 4}, {"num_warps": 1}),
+        ("tally", {"BK": cut.keys}, {"num_warps": 1}),
         ("relate_parts", parts, few),
         ("measure_parts", parts, few),
     ]
     found = {}
     for label, more, options in launches:
         name = label.split()[0]
-        kernel = getattr(fused_keyed_kernels, name, None) or getattr(fused_hard_kernels, name)
+        kernel = getattr(kernels, name, None) or getattr(fused_hard_kernels, name)
         tiling = fused.Tiling(cut.chunk, cut.keys, 64)
         described = source(kernel, tiling, "bf16", False, MADE, **asked | more)
         compiled = triton.compile(described, target=where, options=options)
@@ -264,8 +270,8 @@ def main() -> None:
                 described = source(kernel, tiling, dtype, bulk, **common, **constants, STAGES=stages)
                 compiled = triton.compile(described, target=where, options=options)
                 results[f"{label} {dtype} {target}"] = usage(compiled, backend)
-        for structure, constants in STRUCTURES.items():
-            results |= keyed(structure, constants, target, backend, where)
+        for structure in KEYED:
+            results |= keyed(structure, target, backend, where)
         for structure in ALIKE:
             if structure == "gated delta" or target == "sm_90":  # elsewhere another scan has the other
                 results |= alike(structure, target, backend, where)
