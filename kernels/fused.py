@@ -14,8 +14,9 @@ the inputs lie column by column):
    it; the walks start from the states of step 3, so that no error builds up from span to span.
 
 This is for one decay per head and no erase term; with the delta rule's, and where a state has many keys, that
-is for :mod:`statescope.kernels.fused_alike`, decay per entry for :mod:`statescope.kernels.fused_entries`, and
-all else that is served for :mod:`statescope.kernels.fused_keyed`.
+is for :mod:`statescope.kernels.fused_alike`, decay per entry for :mod:`statescope.kernels.fused_entries`,
+any other erase term for :mod:`statescope.kernels.fused_pairs`, and all else that is served for
+:mod:`statescope.kernels.fused_keyed`.
 
 With ``h`` heads of ``k`` keys and ``v`` values in bfloat16, a token moves ``6 h v`` bytes of values and
 outputs (values are read twice) and about ``60 h`` of scalars, and costs ``2 h (5 k v + 64 (2 k + 2 v))``

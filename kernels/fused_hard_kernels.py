@@ -1,5 +1,7 @@
 """The device code of :mod:`statescope.kernels.fused_keyed` for hard chunks; importing it needs triton.
 
+:mod:`statescope.kernels.fused_pairs` relates either kind of its writes by it.
+
 A chunk is hard where some key forgets too much for two factors for each row, or something is not finite
 (:func:`statescope.kernels.fused_keyed_kernels.relate`). Here rows are related part by part, and within a part
 pair by pair where even that is too much, and a NaN reaches no earlier row.

@@ -15,7 +15,6 @@ from .fused_tiles import (
     _decays_of_keys,
     _dot,
     _exact,
-    _finite,
     _halves,
     _halves_of_input,
     _invert,
@@ -31,6 +30,7 @@ from .fused_tiles import (
     _tile,
     _unknown,
     _within,
+    _without_bad,
 )
 
 
@@ -157,16 +157,6 @@ def relate(
             tl.store(seen + row * L + at_rows, read_of.to(seen.dtype.element_ty))
     elif WIDE:
         tl.store(listed + 1 + tl.atomic_add(listed, 1), of_chunk.to(tl.int32))
-
-
-@triton.jit
-def _without_bad(at, mask):
-    """Put 0 where something is not finite; return NaN for rows from the first such one on."""
-    found, fine = _finite(tl.load(at, mask=mask, other=0.0))
-    tl.debug_barrier()
-    tl.store(at, found, mask=mask)
-    tl.debug_barrier()
-    return _since_bad(fine == 0)[:, None]
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from .fused_hard_kernels import _early, _factor, _halfway, _of_row, _place
 from .fused_kernels import _bounded
-from .fused_keyed_kernels import _without_bad
 from .fused_tiles import (
     RANGE,
     SIZES,
@@ -33,6 +32,7 @@ from .fused_tiles import (
     _tile,
     _unknown,
     _within,
+    _without_bad,
 )
 
 

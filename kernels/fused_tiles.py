@@ -237,6 +237,16 @@ def _finite(x):
 
 
 @triton.jit
+def _without_bad(at, mask):
+    """Put 0 where something is not finite; return NaN for rows from the first such one on."""
+    found, fine = _finite(tl.load(at, mask=mask, other=0.0))
+    tl.debug_barrier()
+    tl.store(at, found, mask=mask)
+    tl.debug_barrier()
+    return _since_bad(fine == 0)[:, None]
+
+
+@triton.jit
 def _halves_of_input(a, a_low, b, c, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Add a product of a tile of :func:`_split` with an input, which in bfloat16 is its own first half."""
     if SPLIT and b.dtype == tl.bfloat16:
