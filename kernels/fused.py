@@ -40,7 +40,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
-from . import fused_alike, fused_entries, fused_keyed, fused_pairs
+from . import fused_alike, fused_entries, fused_keyed, fused_pairs, launches
 from .interface import ScanOutput, Steps
 from .launches import Launcher
 from .rates import Rated
@@ -197,7 +197,7 @@ class _Scan:
         # The interpreter truncates bfloat16 and cannot multiply it: it is shown float32.
         self.walk: dict[str, Any] = self.sizes | {
             "L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values,
-            "BF16": _half(r) and not _interpreted(),
+            "BF16": _half(r) and launches.multiplies_bfloat16(r.v),
             "PRECISION": "tf32x3" if torch.version.cuda else "ieee",
         }  # fmt: skip
         self.bulk = (

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
+from . import launches
 from .interface import ScanOutput, Steps
 from .launches import Launcher
 
@@ -176,7 +177,7 @@ class _Scan:
         self.stretch = cut.chunk * max(1, ROWS // (r.batch * r.heads * cut.chunk))
         overlaps = r.v.is_cuda and r.batch * r.time * r.heads >= BESIDE
         self.side = torch.cuda.Stream(r.v.device, priority=-1) if overlaps else None
-        self.split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
+        self.split = half and launches.multiplies_bfloat16(r.v)
         self.dtype = torch.bfloat16 if self.split else torch.float32
         self.y = torch.empty(r.v.shape, dtype=r.v.dtype, device=r.v.device) if outputs else None
         fields = (6 if r.erases else 4, r.batch, r.time, r.heads)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from statescope.recurrence import Recurrence
 
+from . import launches
 from .interface import ScanOutput, Steps
 from .keyed import Measured
 from .launches import Launcher
@@ -180,7 +181,7 @@ class Scan:
         self.chunks = -(-r.time // cut.chunk)
         self.padded = self.chunks * cut.chunk
         self.pieces, self.across = -(-r.value // cut.walked), -(-r.key // cut.walked_keys)
-        self.split = half and r.v.is_cuda  # the interpreter truncates bfloat16 and cannot multiply it
+        self.split = half and launches.multiplies_bfloat16(r.v)
         self.sizes = (r.time, self.padded, self.chunks, r.batch)
         self.grid = (self.chunks, r.heads, r.batch)
         self.few = (PROGRAMS if r.v.is_cuda else 1,)

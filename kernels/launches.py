@@ -9,6 +9,11 @@ from typing import Any
 from torch import Tensor
 
 
+def multiplies_bfloat16(x: Tensor) -> bool:
+    """Whether kernels multiply bfloat16 there: the interpreter of triton rounds it wrongly, and cannot."""
+    return x.is_cuda
+
+
 class Launcher:
     """Launches kernels, and remembers which one a call like this was compiled to.
 
