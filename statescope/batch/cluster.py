@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+from statescope.batch import held
+
 QUIET = {
     "distributed.scheduler.allowed-failures": 0,  # a death is counted here, text by text
     "distributed.scheduler.worker-saturation": 1.0,  # what waits for a worker does not die with it
@@ -92,6 +94,8 @@ def gpus() -> list[str]:
 
 
 def _here(number: int | None) -> Any:
+    from multiprocessing.forkserver import ensure_running
+
     from distributed import Nanny, Scheduler, SpecCluster
     from distributed.utils import get_mp_context
 
@@ -103,6 +107,8 @@ def _here(number: int | None) -> Any:
     options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": None}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // count))
     get_mp_context().set_forkserver_preload(IMPORTED)
+    with held.whole():
+        ensure_running()
     specification = {}
     for i in range(count):
         variables = {"TRANSFORMERS_VERBOSITY": "error"}

@@ -11,7 +11,10 @@ every tensor.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,6 +22,12 @@ MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = (-3, 32 * 2**20), (-1, 2**30), (-8, 
 """glibc's parameters, and their values: the largest it takes for what is mapped by itself, in bytes; what may
 lie idle at the end of the heap; and how many heaps there are. A thread's own, such as a worker's that reads,
 consists of parts of 64 MiB that come and go whatever may lie idle."""
+
+TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+"""What is free in glibc's heap is joined at once. A tensor begins at a multiple of 64 bytes, so that glibc cuts
+some bytes off before and after it, and keeps such small pieces aside for each thread: they go to whatever
+small is asked for next. The tensor's place is then some bytes too short for the next one of its size, and the
+heap grows to three times what is in use."""
 
 GROWTH = 1.1
 """Times what a worker held after the first piece of work since it last handed back."""
@@ -35,6 +44,21 @@ def keep() -> None:
     A thread that has a heap of its own by then stays with it: best called first of all.
     """
     _glibc()
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Start programs whose heaps have what is free joined at once (:data:`TUNABLES`)."""
+    name = "GLIBC_TUNABLES"
+    before = os.environ.get(name)
+    os.environ[name] = TUNABLES if before is None else f"{TUNABLES}:{before}"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def hand_back() -> None:
