@@ -53,7 +53,8 @@ def workers(scheduler: Any = None, number: int | None = None) -> Iterator[tuple[
     scheduler : optional
         Address of a running scheduler, or a Dask cluster or client, such as dask-jobqueue's. Default: a
         cluster of processes here that ends with this block. On CPUs, start workers elsewhere with the
-        setting ``distributed.nanny.pre-spawn-environ: {}`` too (see :data:`QUIET`).
+        setting ``distributed.nanny.pre-spawn-environ: {}`` too (see :data:`QUIET`), and the environment
+        variable ``GLIBC_TUNABLES`` of :data:`statescope.batch.held.TUNABLES`.
     number : int, optional
         Processes here. Default: one for each GPU; without one, one for each two cores.
 
@@ -107,7 +108,7 @@ def _here(number: int | None) -> Any:
     options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": None}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // count))
     get_mp_context().set_forkserver_preload(IMPORTED)
-    with held.whole():
+    with held.joining():  # what all workers are forked from
         ensure_running()
     specification = {}
     for i in range(count):
