@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -108,7 +108,7 @@ def _here(number: int | None) -> Any:
     options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": None}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // count))
     get_mp_context().set_forkserver_preload(IMPORTED)
-    with held.joining():  # what all workers are forked from
+    with nullcontext() if devices else held.joining():  # of what all workers are forked from
         ensure_running()
     specification = {}
     for i in range(count):

@@ -1,12 +1,12 @@
 """What a worker's process holds of the memory: one heap, of what a pass needs and little more.
 
-Texts of all lengths leave the C library's heap in pieces. A worker of our own is started such that they are
-joined (:data:`TUNABLES`), and its heap stays as it is after the first texts. One that was started elsewhere
-without that may hold three times what it uses after some hundred texts, and has to hand back what lies idle.
-That comes again page by page: asked for at once, as Dask has its workers do, that takes as long as the
-reading; after each piece of work, about a tenth of it where two workers share a memory. So the heap is asked
-only once a worker holds :data:`GROWTH` times what it usually does, and keeps what it has in between: else its
-end, clear once it was asked, would go and come with every tensor.
+Texts of all lengths leave the C library's heap in pieces. A worker of our own on a CPU is started such that
+they are joined (:data:`TUNABLES`), and its heap stays as it is after the first texts. One that was started
+elsewhere without that may hold three times what it uses after some hundred texts, and has to hand back what
+lies idle. That comes again page by page: asked for at once, as Dask has its workers do, that takes as long as
+the reading; after each piece of work, about a tenth of it where two workers share a memory. So the heap is
+asked only once a worker holds :data:`GROWTH` times what it usually does, and keeps what it has in between:
+else its end, clear once it was asked, would go and come with every tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 A tensor begins at a multiple of 64 bytes: glibc takes more than was asked for, and cuts the rest off before
 and after it. It keeps pieces so small aside, for whatever small is asked for next. Between tensors they hold
 apart what is free on both sides, and a tensor's own place is too short for the next one of its size: reading
-that used 250 MiB at most had a heap of 600, and has one of 290 this way, in no more time."""
+that used 250 MiB at most had a heap of 600, and has one of 290 this way, in no more time. What launches work
+on a GPU asks for small things only, and has those faster as they are by default."""
 
 GROWTH = 1.1
 """Times what a worker held after the first piece of work since it last handed back."""
