@@ -83,25 +83,45 @@ def pids(client: Any) -> list[int]:
     return [pid for pid in found.values() if isinstance(pid, int)]
 
 
+class Heap(ctypes.Structure):
+    """What glibc says of its heap: ``mallinfo2``."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("size", *"bcdefg", "used", "free", "end")]
+
+    @classmethod
+    def now(cls) -> Heap:
+        """Ask."""
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = cls
+        found: Heap = library.mallinfo2()
+        return found
+
+
 def grown() -> int:
     """Bytes by which this process's heap grows for one tensor in the place of several that are gone."""
-
-    class Heap(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_size_t) for name in ("size", "b", "c", "d", "e", "f", "g", "h", "i", "j")]
-
     library = ctypes.CDLL(None)
-    library.mallinfo2.restype, library.malloc.restype = Heap, ctypes.c_void_p
+    library.malloc.restype = ctypes.c_void_p
     small = [library.malloc(n) for n in (24, 40, 56, 72) for _ in range(2000)]  # what lay aside is taken
     tensors = [torch.empty(2**20 + 16 * i, dtype=torch.uint8) for i in range(24)]
     end = torch.empty(2**20, dtype=torch.uint8)  # or the heap's end would be joined to them
-    before = library.mallinfo2().size
+    before = Heap.now().size
     tensors.clear()
     large = torch.empty(10 * 2**20, dtype=torch.uint8)
-    after = library.mallinfo2().size
+    after = Heap.now().size
     for place in small:
         library.free(ctypes.c_void_p(place))
     assert large.numel() > end.numel()
     return int(after - before)
+
+
+def kept() -> int:
+    """Bytes that this process uses more after convolutions over texts of 400 lengths."""
+    convolution = torch.nn.Conv1d(64, 64, 4, groups=64, padding=3)
+    before = Heap.now().used
+    with torch.no_grad():
+        for length in range(20, 420):
+            convolution(torch.ones(1, 64, length))
+    return int(Heap.now().used - before)
 
 
 def agrees(dumps: Path, rows: list[dict[str, Any]], failed: tuple[str, ...] = ()) -> None:
@@ -125,14 +145,23 @@ def agrees(dumps: Path, rows: list[dict[str, Any]], failed: tuple[str, ...] = ()
     assert not (dumps / ".drafts").exists() or not list((dumps / ".drafts").rglob("*.zip"))
 
 
-@pytest.mark.skipif(
+of_glibc = pytest.mark.skipif(
     bool(gpus()) or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc on a CPU is told to"
 )
+
+
+@of_glibc
 def test_a_workers_heap_joins_what_is_free(cluster: Any) -> None:
     """The places of tensors that are gone make room for a larger one, or the heap would grow and grow."""
     assert set(cluster.run(grown).values()) == {0}
     assert set(cluster.run(os.getenv, "GLIBC_TUNABLES").values()) == {held.TUNABLES}
     assert "GLIBC_TUNABLES" not in os.environ  # of the process that started them
+
+
+@of_glibc
+def test_what_is_prepared_for_a_length_does_not_pile_up(cluster: Any) -> None:
+    """Hardly two texts are of one length; by default these hold 22 MiB."""
+    assert max(cluster.run(kept).values()) < 15 * 2**20
 
 
 def during(dumps: Path, records: int, act: Callable[[], None]) -> threading.Thread:

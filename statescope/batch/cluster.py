@@ -112,7 +112,7 @@ def _here(number: int | None) -> Any:
         ensure_running()
     specification = {}
     for i in range(count):
-        variables = {"TRANSFORMERS_VERBOSITY": "error"}
+        variables = {"TRANSFORMERS_VERBOSITY": "error", **held.FEWER_PRIMITIVES}
         if devices:
             variables["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
         given = {
