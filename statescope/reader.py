@@ -102,8 +102,13 @@ class Reader:
         read = ids[:, : stop - carry.position]
         inputs = caches.inputs(self.model, carry.cache, carry.position, read)
         self._handler = handler
-        with torch.no_grad():
-            output = self.model(read, **inputs)
+        try:
+            with torch.no_grad():
+                output = self.model(read, **inputs)
+        finally:
+            self._handler = (
+                None  # it knows the reader: kept, both and all states would wait for the collector
+            )
         return output.logits, ids[:, 1:]
 
     def _loss(self, logits: Tensor, targets: Tensor, carry: Carry, stop: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -18,13 +19,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 import xarray as xr
 from batches import MODEL, SETTINGS, texts, write
 from conftest import needs, skip
 
 import statescope
-from statescope.batch import engine
-from statescope.batch.cluster import workers
+from statescope.batch import engine, held
+from statescope.batch.cluster import gpus, workers
 from statescope.batch.command import Summary, batch
 from statescope.batch.manifest import Manifest, place_of
 from statescope.batch.places import Dumps
@@ -81,6 +83,47 @@ def pids(client: Any) -> list[int]:
     return [pid for pid in found.values() if isinstance(pid, int)]
 
 
+class Heap(ctypes.Structure):
+    """What glibc says of its heap: ``mallinfo2``."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("size", *"bcdefg", "used", "free", "end")]
+
+    @classmethod
+    def now(cls) -> Heap:
+        """Ask."""
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = cls
+        found: Heap = library.mallinfo2()
+        return found
+
+
+def grown() -> int:
+    """Bytes by which this process's heap grows for one tensor in the place of several that are gone."""
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    small = [library.malloc(n) for n in (24, 40, 56, 72) for _ in range(2000)]  # what lay aside is taken
+    tensors = [torch.empty(2**20 + 16 * i, dtype=torch.uint8) for i in range(24)]
+    end = torch.empty(2**20, dtype=torch.uint8)  # or the heap's end would be joined to them
+    before = Heap.now().size
+    tensors.clear()
+    large = torch.empty(10 * 2**20, dtype=torch.uint8)
+    after = Heap.now().size
+    for place in small:
+        library.free(ctypes.c_void_p(place))
+    assert large.numel() > end.numel()
+    return int(after - before)
+
+
+def kept() -> int:
+    """Bytes that this process uses more after convolutions over texts of 400 lengths."""
+    convolution = torch.nn.Conv1d(64, 64, 4, groups=64, padding=3)
+    before = Heap.now().used
+    with torch.no_grad():
+        for length in range(20, 420):
+            convolution(torch.ones(1, 64, length))
+    return int(Heap.now().used - before)
+
+
 def agrees(dumps: Path, rows: list[dict[str, Any]], failed: tuple[str, ...] = ()) -> None:
     """Demand every text once, whole and its own; nothing else; and a manifest that says the same."""
     with Manifest(dumps / "manifest.sqlite") as manifest:
@@ -100,6 +143,25 @@ def agrees(dumps: Path, rows: list[dict[str, Any]], failed: tuple[str, ...] = ()
         assert bytes(record["tokens"]["token_id"].values[0].tolist()).decode() == row["text"]
         assert np.isfinite(record["steps"]["state_norm"].values).all()
     assert not (dumps / ".drafts").exists() or not list((dumps / ".drafts").rglob("*.zip"))
+
+
+of_glibc = pytest.mark.skipif(
+    bool(gpus()) or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc on a CPU is told to"
+)
+
+
+@of_glibc
+def test_a_workers_heap_joins_what_is_free(cluster: Any) -> None:
+    """The places of tensors that are gone make room for a larger one, or the heap would grow and grow."""
+    assert set(cluster.run(grown).values()) == {0}
+    assert set(cluster.run(os.getenv, "GLIBC_TUNABLES").values()) == {held.TUNABLES}
+    assert "GLIBC_TUNABLES" not in os.environ  # of the process that started them
+
+
+@of_glibc
+def test_what_is_prepared_for_a_length_does_not_pile_up(cluster: Any) -> None:
+    """Hardly two texts are of one length; by default these hold 22 MiB."""
+    assert max(cluster.run(kept).values()) < 15 * 2**20
 
 
 def during(dumps: Path, records: int, act: Callable[[], None]) -> threading.Thread:

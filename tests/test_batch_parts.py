@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sqlite3
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import pairwise
@@ -26,7 +28,9 @@ from statescope.batch.manifest import Manifest, place_of
 from statescope.batch.places import Dumps, without_secrets
 from statescope.batch.settings import Facts, Text
 from statescope.batch.work import work
+from statescope.carry import Carry
 from statescope.experiments.bench.settings import Settings as BenchSettings
+from statescope.memory import MemoryRecord
 
 needs("distributed")
 
@@ -58,6 +62,29 @@ def test_memory_is_handed_back_when_it_grows(monkeypatch: pytest.MonkeyPatch) ->
     for now[0] in (1000, 1090, 900, 1101, 1150, 1200, 1265, 1266, 800, 881):
         held.hand_back()
     assert asked == [1101, 1266, 881]
+
+
+def test_what_a_pass_holds_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of all its texts and their record wait for no collector, which comes every fifty texts."""
+    held_by, fresh, init = [], Carry.fresh, MemoryRecord.__init__
+
+    def watched(model: Any) -> Carry:
+        held_by.append(weakref.ref(carry := fresh(model)))
+        return carry
+
+    def noted(self: MemoryRecord, *given: Any) -> None:
+        held_by.append(weakref.ref(self))
+        init(self, *given)
+
+    monkeypatch.setattr(Carry, "fresh", watched)
+    monkeypatch.setattr(MemoryRecord, "__init__", noted)
+    gc.disable()
+    try:
+        found = outcomes(texts([2200, 300, 290, 280]), tmp_path)  # alone in two segments, and together
+        left = [ref() for ref in held_by]
+    finally:
+        gc.enable()
+    assert [o.together for o in found] == [1, 3, 3, 3] and left == [None] * 4
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
+
+from statescope.batch import held
 
 QUIET = {
     "distributed.scheduler.allowed-failures": 0,  # a death is counted here, text by text
@@ -51,7 +53,8 @@ def workers(scheduler: Any = None, number: int | None = None) -> Iterator[tuple[
     scheduler : optional
         Address of a running scheduler, or a Dask cluster or client, such as dask-jobqueue's. Default: a
         cluster of processes here that ends with this block. On CPUs, start workers elsewhere with the
-        setting ``distributed.nanny.pre-spawn-environ: {}`` too (see :data:`QUIET`).
+        setting ``distributed.nanny.pre-spawn-environ: {}`` too (see :data:`QUIET`), and the environment
+        variable ``GLIBC_TUNABLES`` of :data:`statescope.batch.held.TUNABLES`.
     number : int, optional
         Processes here. Default: one for each GPU; without one, one for each two cores.
 
@@ -92,6 +95,8 @@ def gpus() -> list[str]:
 
 
 def _here(number: int | None) -> Any:
+    from multiprocessing.forkserver import ensure_running
+
     from distributed import Nanny, Scheduler, SpecCluster
     from distributed.utils import get_mp_context
 
@@ -103,9 +108,11 @@ def _here(number: int | None) -> Any:
     options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": None}
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // count))
     get_mp_context().set_forkserver_preload(IMPORTED)
+    with nullcontext() if devices else held.joining():  # of what all workers are forked from
+        ensure_running()
     specification = {}
     for i in range(count):
-        variables = {"TRANSFORMERS_VERBOSITY": "error"}
+        variables = {"TRANSFORMERS_VERBOSITY": "error", **held.FEWER_PRIMITIVES}
         if devices:
             variables["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
         given = {
