@@ -105,10 +105,8 @@ class Reader:
         try:
             with torch.no_grad():
                 output = self.model(read, **inputs)
-        finally:
-            self._handler = (
-                None  # it knows the reader: kept, both and all states would wait for the collector
-            )
+        finally:  # it knows the reader: kept, both and all states would wait for the collector
+            self._handler = None
         return output.logits, ids[:, 1:]
 
     def _loss(self, logits: Tensor, targets: Tensor, carry: Carry, stop: int) -> Tensor:

@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore
+
+from statescope.zipped import Files
 
 COMPRESSOR = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 """As it stands in the record."""
@@ -112,8 +114,8 @@ def _put(array: zarr.Array[Any], key: str, pieces: Sequence[bytes]) -> None:
         _put_file(place.store.root / place.path, pieces)
         return
     content = default_buffer_prototype().buffer.from_bytes(b"".join(pieces))
-    if type(place.store) is MemoryStore:
-        place.store._store_dict[place.path] = content  # what its own does, by a turn of zarr's thread
+    if isinstance(place.store, Files) and not place.store.read_only:
+        place.store.files[place.path] = content
     else:
         sync(place.set(content))
 

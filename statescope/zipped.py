@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zipfile
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,24 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore, ZipStore
 
 SUFFIX = ".zip"
+
+
+class Files(MemoryStore):
+    """A store in memory whose files are at hand: zarr itself gives and takes them by a turn of its thread.
+
+    Parameters
+    ----------
+    store_dict : dict, optional
+        Its files by name, which stay this very object.
+    read_only : bool
+        As of any store.
+    """
+
+    def __init__(
+        self, store_dict: MutableMapping[str, Buffer] | None = None, *, read_only: bool = False
+    ) -> None:
+        self.files = {} if store_dict is None else store_dict
+        super().__init__(self.files, read_only=read_only)
 
 
 class RemoteZip(ZipStore):
@@ -48,7 +67,7 @@ def readable(store: Any) -> Any:
     return ZipStore(Path(store), mode="r") if Path(store).is_file() else store
 
 
-def pack(store: MemoryStore | Path, target: Path) -> int:
+def pack(store: Files | Path, target: Path) -> int:
     """Put a store, in memory or a folder, into a zip; what describes it comes last.
 
     Returns
@@ -60,7 +79,7 @@ def pack(store: MemoryStore | Path, target: Path) -> int:
     if isinstance(store, Path):
         files = {p.relative_to(store).as_posix(): p for p in store.rglob("*") if p.is_file()}
     else:
-        files = {**store._store_dict}
+        files = {**store.files}
     with target.open("wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:  # what is in it is compressed
             for name in sorted(files, key=lambda n: (n.endswith("zarr.json"), n)):

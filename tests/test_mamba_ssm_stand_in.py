@@ -26,6 +26,7 @@ from statescope.adapters import ADAPTERS
 from statescope.capture import capture
 from statescope.kernels import reference
 from statescope.store import RecordWriter
+from statescope.zipped import Files
 
 
 @pytest.mark.parametrize(
@@ -156,10 +157,10 @@ def test_fla_reads_in_one_pass() -> None:
     model, text = STAND_INS["Mamba3"].build(layers=1), STAND_INS["Mamba3"].text()
     model.backbone.layers[0].mixer.__class__ = OfFla
     assert statescope.trace(model, text).attrs["complete"]
-    place = MemoryStore()
+    place = Files()
     with pytest.raises(ValueError, match=r"single tokens.*segment= the length"):
         statescope.trace(model, text, segment=16, store=place)
-    assert not place._store_dict
+    assert not place.files
 
 
 def test_refused() -> None:

@@ -18,6 +18,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from statescope import shards
 from statescope.shards import COMPRESSOR, Shards, whole
+from statescope.zipped import Files
 
 SPECIAL = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3e38], "f4")
 
@@ -41,9 +42,9 @@ def draw_values(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.where(rng.random(shape) < 0.2, rng.choice(SPECIAL, shape), rng.standard_normal(shape, "f4"))
 
 
-def content(store: MemoryStore, name: str) -> dict[str, bytes]:
+def content(store: Files, name: str) -> dict[str, bytes]:
     """Shards of an array by their keys."""
-    found = store._store_dict.items()
+    found = store.files.items()
     return {key.removeprefix(name): b.to_bytes() for key, b in found if key.startswith(f"{name}/c")}
 
 
@@ -75,7 +76,7 @@ def cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, 
 def test_same_chunks_as_zarr(cut: Any, seed: int) -> None:
     """The same files with the same chunks in them, byte for byte, whatever the cut; zarr reads its values."""
     shape, chunks, shard, spans = cut
-    store, values = MemoryStore(), draw_values(tuple(map(len, spans)), seed)
+    store, values = Files(), draw_values(tuple(map(len, spans)), seed)
     ours, zarrs = (create(store, shape, chunks, shard, name) for name in ("ours", "zarrs"))
     assert whole(ours, spans)
     Shards().write(ours, spans, values)
@@ -101,12 +102,12 @@ def test_parts_of_shards_are_not_whole() -> None:
     assert not whole(unsharded, [range(4)])
 
 
-@pytest.mark.parametrize("kind", ["folder", "memory", "fsspec", "icechunk"])
+@pytest.mark.parametrize("kind", ["folder", "memory", "files", "fsspec", "icechunk"])
 def test_every_store(kind: str, tmp_path: Path) -> None:
     """Strided values, several shards, the edge of an array; on another store as on a disk."""
-    store: Any = {"folder": lambda: LocalStore(tmp_path / "x.zarr"), "memory": MemoryStore}.get(
-        kind, lambda: 0
-    )()
+    folder = tmp_path / "x.zarr"
+    kinds = {"folder": lambda: LocalStore(folder), "memory": MemoryStore, "files": Files}
+    store: Any = kinds.get(kind, lambda: 0)()
     if kind == "fsspec":
         store = FsspecStore.from_url("memory://shards")
     elif kind == "icechunk":

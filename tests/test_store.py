@@ -24,6 +24,7 @@ from statescope.measured import STEPS
 from statescope.schema import READ_BY_QUERY, ROOT_ATTRIBUTES, group_variables
 from statescope.store import RecordWriter, write_whole
 from statescope.watch import Watch
+from statescope.zipped import Files
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +103,14 @@ def test_round_trip(layout: Layout, seed: int) -> None:
 def test_written_whole(layout: Layout, seed: int) -> None:
     """A record written at once is the one that is filled in array by array."""
     token_id = np.random.default_rng(seed).integers(0, 2**40, (layout.sequences, layout.tokens))
-    blocks, whole, filled = random_blocks(layout, seed), MemoryStore(), MemoryStore()
+    blocks, whole, filled = random_blocks(layout, seed), Files(), Files()
     about = attributes(layout) | {"first_nonfinite": None}
     write_whole(whole, layout, about, {**blocks, "tokens/token_id": token_id})
     writer = RecordWriter.create(filled, layout, about, token_id)
     for name, values in blocks.items():
         writer.write(name, values)
     writer.commit(layout.tokens, None)
-    described = [{k: v.to_bytes() for k, v in s._store_dict.items() if "json" in k} for s in (whole, filled)]
+    described = [{k: v.to_bytes() for k, v in s.files.items() if "json" in k} for s in (whole, filled)]
     assert described[0] == described[1] and "tokens/loss/zarr.json" in described[0]
     check(record.open(whole), layout, blocks, layout.tokens)
     xr.testing.assert_identical(record.open(whole).load(), record.open(filled).load())

@@ -18,7 +18,6 @@ from uuid import uuid4
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.storage import MemoryStore
 
 from statescope.batch.places import DRAFTS, KEPT, Dumps
 from statescope.batch.settings import Text
@@ -26,6 +25,7 @@ from statescope.claims import claim
 from statescope.plan import Plan
 from statescope.store import RecordWriter
 from statescope.tracing import run
+from statescope.zipped import Files
 
 IN_MEMORY = 256 * 2**20
 """Bytes up to which a record is put together in memory; a larger one in a folder."""
@@ -38,7 +38,7 @@ LONG = 4
 class Draft:
     """A record that is being put together."""
 
-    store: MemoryStore | Path
+    store: Files | Path
     lock: IO[str] | None = None
 
     @classmethod

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from zarr.storage import MemoryStore
 
 from statescope.batch import held
 from statescope.batch.drafts import Draft, mean, too_large
@@ -35,7 +34,7 @@ from statescope.store import write_whole
 from statescope.tokens import find_tokenizer, to_token_ids
 from statescope.tracing import prepare, run, usual_segment
 from statescope.watch import Probes
-from statescope.zipped import pack
+from statescope.zipped import Files, pack
 
 PADDING = 0.2
 """Part of a pass that may be padding."""
@@ -251,7 +250,7 @@ def _width(lengths: Sequence[int], device: torch.device) -> int:
 
 
 def _drafted(plan: Plan, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> tuple[Draft, float]:
-    store = MemoryStore()
+    store = Files()
     write_whole(store, plan.layout, {**plan.attributes(), **about}, arrays)
     return Draft(store), mean(arrays["tokens/loss"])
 
