@@ -194,7 +194,6 @@ class _Scan:
         self.padded = self.chunks * tiling.chunk
         self.tiles = -(-r.key * r.value // STATE_TILE)
         self.sizes = {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "VALUE": r.value}
-        # The interpreter truncates bfloat16 and cannot multiply it: it is shown float32.
         self.walk: dict[str, Any] = self.sizes | {
             "L": tiling.chunk, "BK": tiling.keys, "BV": tiling.values,
             "BF16": _half(r) and launches.multiplies_bfloat16(r.v),

@@ -215,6 +215,9 @@ class Scan:
         self.kinds = {"ERASES": r.erases, **self.scaled}
         self.part = {"PART": PART, "BS": cut.part}
         self.usual: dict[str, Any] = {"num_warps": cut.warps, "num_stages": cut.stages}
+        self.solving = dict(self.usual)
+        if cut.solve_registers and r.v.is_cuda and torch.version.cuda:
+            self.solving["maxnreg"] = cut.solve_registers
         self.few_warps: dict[str, Any] = {"num_warps": cut.part_warps, "num_stages": cut.part_stages}
 
     def _buffers(self) -> None:
@@ -287,12 +290,13 @@ class Scan:
         part = min(SOLVED, self.cut.chunk)
         constants = self.whole | self.scaled
         constants |= {"PART": part, "BS": self.cut.solved, "BV": self.cut.solved}
-        options = dict(self.usual)
-        if self.cut.solve_registers and self.r.v.is_cuda and torch.version.cuda:
-            options |= {"maxnreg": self.cut.solve_registers}
         found = (self.system, self.through, self.values, self.hard, *self.sizes)
         self.launch(
-            self.kernels.solve, self.grid, (*self.v, *self.weight, *self.erase, *found), constants, **options
+            self.kernels.solve,
+            self.grid,
+            (*self.v, *self.weight, *self.erase, *found),
+            constants,
+            **self.solving,
         )
 
     def _walk(self, held: list[int]) -> Tensor:
@@ -336,11 +340,22 @@ class Scan:
         return y
 
     def _measure(self) -> tuple[Steps, Tensor | None]:
-        r, cut = self.r, self.cut
-        found = self._empty(FIELDS, r.batch, r.time, r.heads)
-        gained = self._empty(r.batch, r.heads, self.padded, r.key)
+        r = self.r
         written = (*self.k, *self.u, *self.v, *self.weight, *self.decay, *self.erase)
         constants = self.whole | self.kinds | {"GROUPS": r.groups, "DELTA": r.delta_rule}
+        found = self._fields(FIELDS, written, constants, self.careful.measure_parts)
+        decayed, energy, cross, total, pace, both, along = found
+        erased = torch.stack([both.sqrt(), along]) if r.delta_rule else None
+        measured = Measured(decayed, energy, cross, total / (r.key * r.value))
+        return measured.steps(pace), erased
+
+    def _fields(
+        self, fields: int, written: tuple[Any, ...], constants: dict[str, Any], parts: Any, **tallied: int
+    ) -> Tensor:
+        """Launch what measures: (field, batch, token, head)."""
+        r, cut = self.r, self.cut
+        found = self._empty(fields, r.batch, r.time, r.heads)
+        gained = self._empty(r.batch, r.heads, self.padded, r.key)
         for wide in (False, True):
             self.launch(
                 self.kernels.measure, self.grid,
@@ -349,7 +364,7 @@ class Scan:
                 num_warps=cut.warps, num_stages=cut.measure_stages,
             )  # fmt: skip
         self.launch(
-            self.careful.measure_parts, self.few,
+            parts, self.few,
             (*written, self.states, gained, self.listed, found, *self.sizes),
             constants | self.part | {"BV": cut.part}, **self.few_warps,
         )  # fmt: skip
@@ -357,13 +372,10 @@ class Scan:
             self.kernels.tally, self.grid,
             (*self.k, *self.decay, *self.erase, self.energy, gained, found, *self.sizes),
             {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": cut.chunk, "BK": cut.keys,
-             "BLOCKS": self.pieces},
+             "BLOCKS": self.pieces, **tallied},
             num_warps=1,
         )  # fmt: skip
-        decayed, energy, cross, total, pace, both, along = found
-        erased = torch.stack([both.sqrt(), along]) if r.delta_rule else None
-        measured = Measured(decayed, energy, cross, total / (r.key * r.value))
-        return measured.steps(pace), erased
+        return found
 
     def _after(self, entering: Tensor, position: int) -> Tensor:
         """The state after one token, from that which entered its chunk."""

@@ -116,13 +116,10 @@ class _Scan(fused_keyed.Scan):
     def _solve(self) -> None:
         constants = self.whole | self.scaled
         constants |= {"PART": min(SOLVED, self.cut.chunk), "BS": self.cut.solved, "BV": self.cut.solved}
-        options = dict(self.usual)
-        if self.cut.solve_registers and self.r.v.is_cuda and torch.version.cuda:
-            options |= {"maxnreg": self.cut.solve_registers}
         self.launch(
             self.kernels.solve, self.grid,
             (*self.v, *self.weight, self.system, self.through, self.values, self.hard, *self.sizes),
-            constants, **options,
+            constants, **self.solving,
         )  # fmt: skip
 
     def _walk(self, held: list[int]) -> Tensor:
@@ -156,30 +153,10 @@ class _Scan(fused_keyed.Scan):
         return y
 
     def _measure(self) -> tuple[Steps, Tensor | None]:
-        r, cut = self.r, self.cut
-        found = self._empty(FIELDS, r.batch, r.time, r.heads)
-        gained = self._empty(r.batch, r.heads, self.padded, r.key)
+        r = self.r
         written = (*self.k, *self.v, *self.weight, *self.decay, *self.erase, self.values)
         constants = self.whole | self.scaled | {"GROUPS": r.groups}
-        for wide in (False, True):
-            self.launch(
-                self.kernels.measure, self.grid,
-                (*written, self.kept, self.halves, self.states, gained, self.hard, found, *self.sizes),
-                constants | {"BS": cut.measured, "BV": cut.measured_columns, "WIDE": wide}, wide,
-                num_warps=cut.warps, num_stages=cut.measure_stages,
-            )  # fmt: skip
-        self.launch(
-            self.kernels.measure_parts, self.few,
-            (*written, self.states, gained, self.listed, found, *self.sizes),
-            constants | self.part | {"BV": cut.part}, **self.few_warps,
-        )  # fmt: skip
-        self.launch(
-            self.kernels.tally, self.grid,
-            (*self.k, *self.decay, *self.erase, self.energy, gained, found, *self.sizes),
-            {"HEADS": r.heads, "GROUPS": r.groups, "KEY": r.key, "L": cut.chunk, "BK": cut.keys,
-             "BLOCKS": self.pieces, "AHEAD": AHEAD},
-            num_warps=1,
-        )  # fmt: skip
+        found = self._fields(FIELDS, written, constants, self.kernels.measure_parts, AHEAD=AHEAD)
         decayed, energy, cross, total, pace, _ = found
         written_energy = energy.clamp(min=0)
         return Measured(decayed, written_energy, cross, total / (r.key * r.value)).steps(pace), None

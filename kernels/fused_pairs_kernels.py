@@ -409,9 +409,7 @@ def _products(
 
 
 @triton.jit
-def _sums(
-    values, v, v_t, weight, rows, there, VALUE: tl.constexpr, BV: tl.constexpr
-):  # fmt: skip
+def _sums(values, v, v_t, weight, rows, there, VALUE: tl.constexpr, BV: tl.constexpr):
     """Energies of what tokens write first and second, their product, and the sums of both."""
     squares_a = tl.zeros((rows.shape[0], 1), tl.float32)
     squares_k = tl.zeros((rows.shape[0], 1), tl.float32)

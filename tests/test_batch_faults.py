@@ -146,7 +146,8 @@ def agrees(dumps: Path, rows: list[dict[str, Any]], failed: tuple[str, ...] = ()
 
 
 of_glibc = pytest.mark.skipif(
-    bool(gpus()) or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc on a CPU is told to"
+    bool(gpus()) or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="only the heap of workers on a CPU, and glibc's, is set up so",
 )
 
 
